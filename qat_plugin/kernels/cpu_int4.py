@@ -1,0 +1,110 @@
+"""The INT4 kernel of CPUs: ATen's tinygemm for few rows, an unpacked bf16 product above.
+
+Layout on AVX512: blocks of 64 output channels; within a block, for each input, 32 bytes whose low nibbles are channels
+0..31 and whose high nibbles are channels 32..63. Other instruction sets block differently, so that packing proves on the
+spot that :func:`_unpack_blocks` inverts it and the kernel refuses where it does not.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qat_plugin.kernels.table import Kernel, LayerSpec, Packed
+from qat_plugin.numerics import Quantized, fake_quantize_activation, quantize_activation
+
+if TYPE_CHECKING:
+    from qat_plugin.kernels.weight import QuantizedWeight
+
+_BLOCK = 64
+_GROUPS = (32, 64, 128, 256)
+
+
+def _pack_blocks(q: Tensor) -> Tensor:
+    """uint8-valued int32 [N, K] in 0..15 -> ATen's packed uint8 [N, K / 2]."""
+    packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
+    return packed
+
+
+def _unpack_blocks(packed: Tensor) -> Tensor:
+    """ATen's packed uint8 [N, K / 2] -> uint8 [N, K] in 0..15."""
+    rows, columns = packed.shape[0], packed.shape[1] * 2
+    blocks = packed.reshape(rows // _BLOCK, columns, _BLOCK // 2)
+    both = torch.stack([blocks & 0xF, blocks >> 4], dim=1)  # [blocks, half, K, 32]
+    return both.permute(0, 1, 3, 2).reshape(rows, columns)
+
+
+@functools.lru_cache(maxsize=1)
+def layout_is_known() -> bool:
+    """Whether this machine's packing is the one that :func:`_unpack_blocks` inverts; checked once, on real bytes."""
+    q = (torch.arange(2 * _BLOCK * 64, dtype=torch.int32).reshape(2 * _BLOCK, 64) * 2654435761 >> 7) & 0xF
+    return bool(torch.equal(_unpack_blocks(_pack_blocks(q)).to(torch.int32), q))
+
+
+class AtenInt4(Kernel):
+    """w4a16-gN and w4a8-gN in bf16; INT8 activations enter as integers in bf16, which holds them exactly."""
+
+    name = "aten-int4"
+    # rows up to which tinygemm wins over unpacking into a bf16 product
+    few_rows = 24
+
+    def refusal(self, spec: LayerSpec) -> str | None:
+        """Grouped symmetric INT4 linears in bf16 whose out_features are multiples of 64."""
+        scheme = spec.scheme
+        if spec.device.type != "cpu":
+            return "needs a CPU"
+        if spec.usage != "linear":
+            return "its packed weight cannot be looked up by row"
+        if scheme.weight_bits != 4 or scheme.group_size not in _GROUPS or scheme.static:
+            return f"runs 4-bit weights in groups of {', '.join(map(str, _GROUPS))}"
+        if not scheme.symmetric:
+            return "takes its zero points in bf16, which does not hold (8 - z) x scale exactly"
+        if spec.dtype != torch.bfloat16:
+            return f"needs a bf16 model, this one is {str(spec.dtype).removeprefix('torch.')}"
+        if spec.out_features % _BLOCK:
+            return f"out_features ({spec.out_features}) must be a multiple of {_BLOCK}"
+        if not layout_is_known():
+            return "this CPU's packed layout is not the AVX512 one"
+        return None
+
+    def nbytes(self, spec: LayerSpec) -> int:
+        """Half a byte a weight, four bytes a group."""
+        return spec.out_features * spec.in_features // 2 + 4 * spec.scales
+
+    def note(self, spec: LayerSpec) -> str:
+        """Tinygemm saves bandwidth: it wins at few rows."""
+        return f"above {self.few_rows} rows the weight is unpacked: slower than bf16 there"
+
+    def pack(self, quantized: Quantized, spec: LayerSpec) -> Packed:
+        """Packed nibbles; scale and zero interleaved as [groups, N, 2] in bf16, ``w = (q - 8) scale + zero``."""
+        scale_and_zero = torch.stack([quantized.scale, torch.zeros_like(quantized.scale)], dim=-1)
+        packed = _pack_blocks(quantized.q.to(torch.int32) + 8)
+        return Packed(packed, scale_and_zero.transpose(0, 1).contiguous().to(torch.bfloat16))
+
+    def unpack(self, weight: QuantizedWeight) -> Quantized:
+        """Integers back from the blocks."""
+        q = _unpack_blocks(weight.data_).to(torch.int8) - 8
+        scale = weight.scale[..., 0].transpose(0, 1).contiguous().float()
+        return Quantized(q, scale, None, weight.scheme)
+
+    def linear(self, x: Tensor, weight: QuantizedWeight) -> Tensor:
+        """By tinygemm up to ``few_rows`` rows, by a float product above."""
+        if x.shape[0] > self.few_rows or x.dtype != torch.bfloat16:
+            if weight.scheme.quantizes_activations:
+                x = fake_quantize_activation(x)
+            return F.linear(x, self.unpack(weight).dequantize(x.dtype))
+        if not weight.scheme.quantizes_activations:
+            return self._tinygemm(x, weight)
+        q, scale = quantize_activation(x)
+        return (self._tinygemm(q.to(torch.bfloat16), weight).float() * scale).to(x.dtype)
+
+    @staticmethod
+    def _tinygemm(x: Tensor, weight: QuantizedWeight) -> Tensor:
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x.contiguous(), weight.data_, weight.scheme.group_size, weight.scale
+        )
+        return y

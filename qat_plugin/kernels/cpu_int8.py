@@ -1,0 +1,129 @@
+"""INT8 kernels of x86 CPUs: oneDNN's u8 x s8 product for INT8 activations, ATen's for 16-bit ones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qat_plugin.kernels.table import Kernel, LayerSpec, Packed
+from qat_plugin.numerics import Quantized, activation_scale, quantize_activation
+
+if TYPE_CHECKING:
+    from qat_plugin.kernels.weight import QuantizedWeight
+
+# x86 multiplies unsigned by signed bytes; signed activations would fall onto a reference path without AMX.
+_ACTIVATION_ZERO_POINT = 128
+
+
+@torch.library.custom_op("qat_plugin::int8_linear", mutates_args=())
+def int8_linear(x: Tensor, packed: Tensor, weight_scale: Tensor, static_scale: Tensor | None) -> Tensor:
+    """``x W^T`` of INT8 by INT8.
+
+    Args:
+        x: [tokens, in_features], any float type.
+        packed: oneDNN's layout of the int8 weight.
+        weight_scale: float32 [out_features].
+        static_scale: float32 scalar, or ``None`` for a scale per token.
+    """
+    q, scale = quantize_activation(x, activation_scale(x) if static_scale is None else static_scale)
+    unsigned = (q + _ACTIVATION_ZERO_POINT).to(torch.uint8)
+    zero_points = torch.zeros(weight_scale.numel(), dtype=torch.int32)
+    y = torch.ops.onednn.qlinear_pointwise(
+        unsigned, 1.0, _ACTIVATION_ZERO_POINT, packed, weight_scale, zero_points,
+        None, 1.0, 0, torch.float32, "none", [], "",
+    )  # fmt: skip
+    return (y * scale).to(x.dtype)
+
+
+@int8_linear.register_fake
+def _(x: Tensor, packed: Tensor, weight_scale: Tensor, static_scale: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight_scale.numel())
+
+
+class OneDnnInt8(Kernel):
+    """w8a8: per-token (or calibrated) uint8 activations with zero point 128, weights prepacked once."""
+
+    name = "onednn-int8"
+
+    def refusal(self, spec: LayerSpec) -> str | None:
+        """Symmetric per-channel or per-tensor INT8 linears on x86."""
+        scheme = spec.scheme
+        if spec.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+            return "needs an x86 CPU with oneDNN"
+        if spec.usage != "linear":
+            return "its packed weight cannot be looked up by row"
+        if not (scheme.weight_bits == 8 and scheme.quantizes_activations):
+            return "runs INT8 weights by INT8 activations"
+        if not scheme.symmetric or scheme.granularity == "group":
+            return "needs symmetric weights with a scale per channel or tensor"
+        return None
+
+    def nbytes(self, spec: LayerSpec) -> int:
+        """A byte a weight, four a channel."""
+        return spec.out_features * (spec.in_features + 4)
+
+    def pack(self, quantized: Quantized, spec: LayerSpec) -> Packed:
+        """oneDNN's blocked layout (it transposes [N, K] itself) and a float32 scale per channel."""
+        scale = quantized.scale.reshape(-1).expand(spec.out_features).contiguous()
+        return Packed(torch.ops.onednn.qlinear_prepack(quantized.q.contiguous(), None), scale)
+
+    def unpack(self, weight: QuantizedWeight) -> Quantized:
+        """Back from the blocked layout."""
+        scheme = weight.scheme
+        scale = weight.scale[:1].reshape(1, 1) if scheme.per_tensor else weight.scale.reshape(-1, 1)
+        return Quantized(weight.data_.to_dense().t().contiguous(), scale, None, scheme)
+
+    def linear(self, x: Tensor, weight: QuantizedWeight) -> Tensor:
+        """Integer product, exact; then one multiplication by the two scales."""
+        y: Tensor = int8_linear(x, weight.data_, weight.scale, weight.activation_scale)
+        return y
+
+
+class AtenInt8(Kernel):
+    """w8a16 in bf16: ATen's product for few rows; the dequantized weight in a float product above that."""
+
+    name = "aten-int8"
+    # rows up to which ATen's kernel wins over dequantizing (measured on AVX512: 34 against 228 us at 1 row,
+    # 114 against 247 at 8, 433 against 352 at 32; 512 x 1024)
+    few_rows = 16
+
+    def refusal(self, spec: LayerSpec) -> str | None:
+        """Symmetric per-channel INT8 weight-only linears in bf16; its other types are reference code."""
+        scheme = spec.scheme
+        if spec.device.type != "cpu":
+            return "needs a CPU"
+        if spec.usage != "linear":
+            return "its product takes no row look-up"
+        if not (scheme.weight_bits == 8 and not scheme.quantizes_activations):
+            return "runs INT8 weights by 16-bit activations"
+        if not scheme.symmetric or scheme.granularity != "channel":
+            return "needs symmetric weights with a scale per channel"
+        if spec.dtype != torch.bfloat16:
+            return f"needs a bf16 model, this one is {str(spec.dtype).removeprefix('torch.')}"
+        return None
+
+    def nbytes(self, spec: LayerSpec) -> int:
+        """A byte a weight, two a channel."""
+        return spec.out_features * (spec.in_features + 2)
+
+    def note(self, spec: LayerSpec) -> str:
+        """Weight-only INT8 saves bandwidth, not arithmetic."""
+        return f"above {self.few_rows} rows the weight is dequantized: slower than bf16 there"
+
+    def pack(self, quantized: Quantized, spec: LayerSpec) -> Packed:
+        """Plain int8 rows; scales in bf16 (exact)."""
+        return Packed(quantized.q.contiguous(), quantized.scale.reshape(-1).to(torch.bfloat16))
+
+    def unpack(self, weight: QuantizedWeight) -> Quantized:
+        """The same rows."""
+        return Quantized(weight.data_, weight.scale.reshape(-1, 1).float(), None, weight.scheme)
+
+    def linear(self, x: Tensor, weight: QuantizedWeight) -> Tensor:
+        """By ATen up to ``few_rows`` rows, by a float product above."""
+        if x.dtype == torch.bfloat16 and x.shape[0] <= self.few_rows:
+            y: Tensor = torch.ops.aten._weight_int8pack_mm(x.contiguous(), weight.data_, weight.scale)
+            return y
+        return F.linear(x, self.unpack(weight).dequantize(x.dtype))

@@ -1,0 +1,145 @@
+"""One table from (scheme, device, dtype) to the kernel that runs a layer there.
+
+A kernel is one subclass of :class:`Kernel`, registered with :func:`register`; :func:`choose` asks them in order of
+preference. It says how integers are packed for it and unpacked again, computes the product, and states its rounding
+contract: how far its output may lie from the fake-quantized layer's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from qat_plugin.errors import ConversionError
+from qat_plugin.numerics import Quantized
+from qat_plugin.scheme import Scheme
+
+if TYPE_CHECKING:
+    from qat_plugin.kernels.weight import QuantizedWeight
+
+Usage = Literal["linear", "embedding", "both"]
+
+# ||kernel - fake-quantized|| / ||fake-quantized|| that rounding alone explains: sums in another order for float32; one
+# rounding of the output, and one of the weight in the fake-quantized layer, for the 16-bit types.
+ROUNDING: dict[torch.dtype, float] = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What a kernel must know of a layer: [out_features, in_features] of its weight and where and how it runs."""
+
+    scheme: Scheme
+    out_features: int
+    in_features: int
+    device: torch.device
+    dtype: torch.dtype
+    usage: Usage = "linear"
+
+
+    @property
+    def scales(self) -> int:
+        """Number of scales of the weight."""
+        if self.scheme.per_tensor:
+            return 1
+        return self.out_features * (self.in_features // (self.scheme.group_size or self.in_features))
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A kernel's own tensors for one weight."""
+
+    data: Tensor
+    scale: Tensor
+    zero_point: Tensor | None = None
+
+
+class Kernel(ABC):
+    """One way to run quantized layers."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def refusal(self, spec: LayerSpec) -> str | None:
+        """Why this kernel cannot run the layer, or ``None`` when it can."""
+
+    @abstractmethod
+    def pack(self, quantized: Quantized, spec: LayerSpec) -> Packed:
+        """This kernel's layout of the integers."""
+
+    @abstractmethod
+    def unpack(self, weight: QuantizedWeight) -> Quantized:
+        """The integers back from this kernel's layout, exactly."""
+
+    @abstractmethod
+    def linear(self, x: Tensor, weight: QuantizedWeight) -> Tensor:
+        """``x W^T`` of [tokens, in_features], tokens >= 1, in the type of ``x``; no bias."""
+
+    def embedding(self, ids: Tensor, weight: QuantizedWeight) -> Tensor:
+        """Rows ``ids`` of the weight, [..., in_features].
+
+        Raises:
+            ConversionError: unless the kernel overrides it.
+        """
+        raise ConversionError(f"kernel {self.name} cannot look up rows of an embedding")
+
+    @abstractmethod
+    def nbytes(self, spec: LayerSpec) -> int:
+        """Bytes that :meth:`pack`'s tensors take."""
+
+    def note(self, spec: LayerSpec) -> str:
+        """What a user should know before relying on this kernel's speed; empty when it beats bf16 at every size."""
+        return ""
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """The rounding contract, as a relative norm of the difference to the fake-quantized layer's output."""
+        return ROUNDING.get(dtype, ROUNDING[torch.bfloat16])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel chosen for a layer, or why there is none."""
+
+    kernel: str
+    note: str
+    refusal: str | None = None
+
+
+_KERNELS: dict[str, Kernel] = {}
+
+
+def register(kernel: Kernel) -> None:
+    """Add a kernel to the table, behind those registered before it."""
+    _KERNELS[kernel.name] = kernel
+
+
+def kernel_named(name: str) -> Kernel:
+    """The kernel of that name.
+
+    Raises:
+        ConversionError: when no file registered it.
+    """
+    if name not in _KERNELS:
+        raise ConversionError(f"no kernel is called {name!r}; there are {', '.join(_KERNELS)}")
+    return _KERNELS[name]
+
+
+def kernels() -> tuple[Kernel, ...]:
+    """All kernels, in order of preference."""
+    return tuple(_KERNELS.values())
+
+
+def choose(spec: LayerSpec) -> Choice:
+    """The first kernel that runs the layer on its device; if none does, each one's reason."""
+    if spec.scheme.kind == "nf4":
+        return Choice("none", "", f"{spec.scheme} is the frozen base of QLoRA fine-tuning, not a conversion target")
+    reasons = []
+    for kernel in _KERNELS.values():
+        reason = kernel.refusal(spec)
+        if reason is None:
+            return Choice(kernel.name, kernel.note(spec))
+        reasons.append(f"{kernel.name}: {reason}")
+    return Choice("none", "", "; ".join(reasons))

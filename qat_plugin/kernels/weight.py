@@ -1,0 +1,339 @@
+"""Quantized weights as tensor subclasses: a converted layer keeps its class, its forward and its names.
+
+:class:`QuantizedWeight` holds a kernel's tensors and answers ``F.linear`` (nn.Linear and its subclasses), ``torch.addmm``
+(transformers' Conv1D, whose weight is [in, out]) and ``F.embedding``. :class:`CastWeight` is a float weight stored in a
+narrower float type. Both are frozen: a backward pass through an integer product raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qat_plugin.errors import ConversionError
+from qat_plugin.kernels.table import LayerSpec, Usage, choose, kernel_named
+from qat_plugin.kernels.torchao_import import import_torchao
+from qat_plugin.numerics import Quantized
+from qat_plugin.scheme import Scheme
+
+import_torchao()
+from torchao.utils import TorchAOBaseTensor  # noqa: E402
+
+aten = torch.ops.aten
+
+
+class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
+    """A weight as integers in one kernel's layout.
+
+    Attributes:
+        data_, scale, zero_point: the kernel's tensors.
+        activation_scale: float32 scalar of a static scheme, else ``None``.
+        kernel_name, spelling: the kernel and the scheme.
+        logical_shape: [out, in] ([in, out] when ``transposed``), what ``.shape`` says.
+        logical_dtype: the float type it stands for, what ``.dtype`` says.
+        usage: ``"linear"``, ``"embedding"`` or ``"both"`` (tied).
+    """
+
+    tensor_data_names = ["data_", "scale"]  # noqa: RUF012  (torchao reads and copies these lists)
+    optional_tensor_data_names = ["zero_point", "activation_scale"]  # noqa: RUF012
+    tensor_attribute_names = [  # noqa: RUF012
+        "kernel_name", "spelling", "logical_shape", "logical_dtype", "transposed", "usage",
+    ]  # fmt: skip
+
+    data_: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    activation_scale: Tensor | None
+
+    @staticmethod
+    def __new__(
+        cls: type[QuantizedWeight],
+        data_: Tensor,
+        scale: Tensor,
+        kernel_name: str,
+        spelling: str,
+        logical_shape: tuple[int, ...],
+        logical_dtype: torch.dtype,
+        transposed: bool,
+        usage: Usage,
+        zero_point: Tensor | None = None,
+        activation_scale: Tensor | None = None,
+    ) -> QuantizedWeight:
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, tuple(logical_shape), dtype=logical_dtype, device=scale.device, requires_grad=False
+        )
+        return cast(QuantizedWeight, self)
+
+    def __init__(
+        self,
+        data_: Tensor,
+        scale: Tensor,
+        kernel_name: str,
+        spelling: str,
+        logical_shape: tuple[int, ...],
+        logical_dtype: torch.dtype,
+        transposed: bool,
+        usage: Usage,
+        zero_point: Tensor | None = None,
+        activation_scale: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.data_ = data_
+        self.scale = scale
+        self.kernel_name = kernel_name
+        self.spelling = spelling
+        self.logical_shape = tuple(logical_shape)
+        self.logical_dtype = logical_dtype
+        self.transposed = transposed
+        self.usage = usage
+        self.zero_point = zero_point
+        self.activation_scale = activation_scale
+
+    @classmethod
+    def from_integers(
+        cls,
+        quantized: Quantized,
+        dtype: torch.dtype,
+        *,
+        transposed: bool = False,
+        usage: Usage = "linear",
+        activation_scale: Tensor | None = None,
+        kernel: str | None = None,
+    ) -> QuantizedWeight:
+        """Pack integers for the best kernel of their device.
+
+        Args:
+            quantized: integers [out_features, in_features].
+            dtype: the float type of the layer's input and output.
+            transposed: the module's weight is [in_features, out_features].
+            usage: how the weight is read.
+            activation_scale: float32 scalar, for static schemes.
+            kernel: a kernel's name, instead of the table's choice.
+
+        Raises:
+            ConversionError: when no kernel runs it; each kernel's reason is in the message.
+        """
+        rows, columns = quantized.q.shape
+        spec = LayerSpec(quantized.scheme, rows, columns, quantized.q.device, dtype, usage)
+        choice = choose(spec)
+        if kernel is None and choice.refusal is not None:
+            raise ConversionError(f"no kernel runs {quantized.scheme} on {spec.device}: {choice.refusal}")
+        name = kernel or choice.kernel
+        packed = kernel_named(name).pack(quantized, spec)
+        shape = (columns, rows) if transposed else (rows, columns)
+        return cls(
+            packed.data, packed.scale, name, str(quantized.scheme), shape, dtype, transposed, usage,
+            zero_point=packed.zero_point, activation_scale=activation_scale,
+        )  # fmt: skip
+
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme of the integers."""
+        return Scheme.parse(self.spelling)
+
+    @property
+    def in_features(self) -> int:
+        """Length of one row of integers."""
+        return self.logical_shape[0 if self.transposed else 1]
+
+    @property
+    def out_features(self) -> int:
+        """Number of rows of integers."""
+        return self.logical_shape[1 if self.transposed else 0]
+
+    def integers(self) -> Quantized:
+        """The integers, scales and zero points, [out_features, in_features], unpacked exactly."""
+        return kernel_named(self.kernel_name).unpack(self)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The float weight it stands for, in the module's orientation."""
+        weight = self.integers().dequantize(dtype or self.logical_dtype)
+        return weight.t() if self.transposed else weight
+
+    def repack(self, device: torch.device, dtype: torch.dtype) -> QuantizedWeight:
+        """The same integers for another device or float type, in the layout of the kernel that is best there."""
+        quantized = self.integers()
+        moved = Quantized(
+            quantized.q.to(device),
+            quantized.scale.to(device),
+            None if quantized.zero_point is None else quantized.zero_point.to(device),
+            quantized.scheme,
+        )
+        activation_scale = None if self.activation_scale is None else self.activation_scale.to(device)
+        return type(self).from_integers(
+            moved, dtype, transposed=self.transposed, usage=self.usage, activation_scale=activation_scale
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedWeight:
+        if id(self) not in memo:  # oneDNN's opaque tensors can be cloned, not deep-copied
+            copied = self._apply_fn_to_data(torch.clone)
+            memo[id(self)] = torch.nn.Parameter(copied, requires_grad=False) if _is_parameter(self) else copied
+        return cast(QuantizedWeight, memo[id(self)])
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"QuantizedWeight({self.spelling}, shape={tuple(self.logical_shape)}, kernel={self.kernel_name})"
+
+
+class CastWeight(TorchAOBaseTensor):  # type: ignore[misc]
+    """A float weight stored in a narrower float type; every operator sees it in its logical type.
+
+    Attributes:
+        data_: the stored tensor.
+        logical_dtype: the float type it stands for.
+    """
+
+    tensor_data_names = ["data_"]  # noqa: RUF012
+    tensor_attribute_names = ["logical_dtype"]  # noqa: RUF012
+
+    @staticmethod
+    def __new__(cls: type[CastWeight], data_: Tensor, logical_dtype: torch.dtype) -> CastWeight:
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, data_.shape, dtype=logical_dtype, device=data_.device, requires_grad=False
+        )
+        return cast(CastWeight, self)
+
+    def __init__(self, data_: Tensor, logical_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.data_ = data_
+        self.logical_dtype = logical_dtype
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight in its logical type."""
+        return self.data_.to(dtype or self.logical_dtype)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CastWeight:
+        if id(self) not in memo:
+            copied = self._apply_fn_to_data(torch.clone)
+            memo[id(self)] = torch.nn.Parameter(copied, requires_grad=False) if _is_parameter(self) else copied
+        return cast(CastWeight, memo[id(self)])
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"CastWeight({self.data_.dtype} as {self.logical_dtype}, shape={tuple(self.shape)})"
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    return bool(getattr(tensor, "_is_param", False))
+
+
+def is_converted_weight(tensor: object) -> bool:
+    """Whether a tensor is one of this module's."""
+    return isinstance(tensor, (QuantizedWeight, CastWeight))
+
+
+class _Frozen(torch.autograd.Function):
+    """Computes the integer product; its backward says why there is none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+        ctx.scheme = weight.spelling
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+        raise ConversionError(
+            f"a converted model cannot be trained: the gradient reached an integer layer ({ctx.scheme}). Train before "
+            "convert(), or load the float checkpoint into a fresh model"
+        )
+
+
+def _product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    if x.shape[-1] != weight.in_features:
+        raise RuntimeError(f"input has {x.shape[-1]} features (shape {tuple(x.shape)}), {weight!r} takes {weight.in_features}")
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+        bias = None if bias is None else bias.to(x.dtype)
+    tokens = x.reshape(-1, x.shape[-1])
+    if tokens.shape[0] == 0:
+        return x.new_empty(*x.shape[:-1], weight.out_features)
+    y = kernel_named(weight.kernel_name).linear(tokens, weight)
+    if bias is not None:
+        y = y + bias
+    return y.reshape(*x.shape[:-1], weight.out_features)
+
+
+def _linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    if torch.is_grad_enabled() and x.requires_grad:
+        return cast(Tensor, _Frozen.apply(x, weight, bias))
+    return _product(x, weight, None if bias is None else bias)
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], index: int, name: str, default: Any = None) -> Any:
+    return args[index] if len(args) > index else kwargs.get(name, default)
+
+
+@QuantizedWeight.implements_torch_function(F.linear)
+def _(func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    weight = _argument(args, kwargs, 1, "weight")
+    return _linear(_argument(args, kwargs, 0, "input"), weight, _argument(args, kwargs, 2, "bias"))
+
+
+@QuantizedWeight.implements_torch_function(torch.addmm)
+def _(func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    bias, x, weight = (_argument(args, kwargs, i, name) for i, name in enumerate(("input", "mat1", "mat2")))
+    scaled = any(kwargs.get(name, 1) != 1 for name in ("alpha", "beta"))
+    if scaled or not isinstance(weight, QuantizedWeight) or not weight.transposed:
+        raise ConversionError("torch.addmm on a quantized weight is supported as bias + x @ weight with an [in, out] weight")
+    return _linear(x, weight, bias)
+
+
+@QuantizedWeight.implements_torch_function(F.embedding)
+def _(func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    ids, weight = _argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "weight")
+    if _argument(args, kwargs, 3, "max_norm") is not None:
+        raise ConversionError("an embedding with max_norm rewrites its rows in place and cannot be converted")
+    return kernel_named(weight.kernel_name).embedding(ids, weight)
+
+
+def _is_param_copy(weight: Tensor, target_device: torch.device, target_dtype: torch.dtype) -> bool:
+    return weight.device == target_device and weight.dtype == target_dtype
+
+
+@QuantizedWeight.implements(aten._to_copy.default)
+def _(func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    weight: QuantizedWeight = args[0]
+    device = torch.device(kwargs.get("device") or weight.device)
+    dtype = kwargs.get("dtype") or weight.dtype
+    if _is_param_copy(weight, device, dtype):
+        return cast(Tensor, weight._apply_fn_to_data(torch.clone))
+    return weight.repack(device, dtype)
+
+
+@QuantizedWeight.implements(aten.clone.default)
+def _(func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return cast(Tensor, args[0]._apply_fn_to_data(torch.clone))
+
+
+@CastWeight.implements_torch_function(F.embedding)
+def _(func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    weight = _argument(args, kwargs, 1, "weight")
+    rest = {name: value for name, value in kwargs.items() if name not in ("input", "weight")}
+    return F.embedding(_argument(args, kwargs, 0, "input"), weight.data_, *args[2:], **rest).to(weight.dtype)
+
+
+@CastWeight.implements(aten._to_copy.default)
+def _(func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    weight: CastWeight = args[0]
+    data = weight.data_.to(kwargs.get("device") or weight.device, copy=True)
+    return CastWeight(data, kwargs.get("dtype") or weight.dtype)
+
+
+_KEPT_AS_CAST = {aten.detach.default, aten.alias.default, aten.clone.default, aten.copy_.default, aten._to_copy.default}
+
+
+def _cast_dispatch(
+    cls: type[CastWeight], func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+) -> Any:
+    if func in _KEPT_AS_CAST:
+        return _inherited_dispatch(cls, func, types, args, kwargs or {})
+    from torch.utils._pytree import tree_map_only
+
+    args, kwargs = tree_map_only(CastWeight, lambda weight: weight.dequantize(), (args, kwargs or {}))
+    return func(*args, **kwargs)
+
+
+_inherited_dispatch = CastWeight.__torch_dispatch__.__func__
+CastWeight.__torch_dispatch__ = classmethod(_cast_dispatch)
