@@ -175,6 +175,11 @@ class Scheme:
         """Greatest stored integer: 2^(b-1) - 1 for symmetric, 2^b - 1 for asymmetric."""
         return (1 << self.weight_bits) - 1 if not self.symmetric else (1 << (self.weight_bits - 1)) - 1
 
+    @property
+    def weight_format(self) -> Scheme:
+        """The part that the weight alone decides: the same scheme with activations left alone."""
+        return replace(self, activation_bits=16, static=False) if self.is_integer else self
+
     def with_group_size(self, group_size: int) -> Scheme:
         """The same scheme with another group size."""
         return replace(self, group_size=group_size)

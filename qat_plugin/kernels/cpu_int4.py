@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qat_plugin.kernels.table import Kernel, LayerSpec, Packed
 from qat_plugin.numerics import Quantized, fake_quantize_activation, quantize_activation
+from qat_plugin.scheme import Scheme
 
 if TYPE_CHECKING:
     from qat_plugin.kernels.weight import QuantizedWeight
@@ -52,23 +53,25 @@ class AtenInt4(Kernel):
     # rows up to which tinygemm wins over unpacking into a bf16 product
     few_rows = 24
 
+    def serves(self, scheme: Scheme, device: torch.device) -> bool:
+        """INT4 weights on CPUs, activations left alone or INT8 per token."""
+        return device.type == "cpu" and scheme.weight_bits == 4 and not scheme.static
+
     def refusal(self, spec: LayerSpec) -> str | None:
         """Grouped symmetric INT4 linears in bf16 whose out_features are multiples of 64."""
         scheme = spec.scheme
-        if spec.device.type != "cpu":
-            return "needs a CPU"
         if spec.usage != "linear":
-            return "its packed weight cannot be looked up by row"
-        if scheme.weight_bits != 4 or scheme.group_size not in _GROUPS or scheme.static:
-            return f"runs 4-bit weights in groups of {', '.join(map(str, _GROUPS))}"
+            return "cannot look its packed weight up by row"
+        if scheme.group_size not in _GROUPS:
+            return f"needs groups of {', '.join(map(str, _GROUPS))}"
         if not scheme.symmetric:
             return "takes its zero points in bf16, which does not hold (8 - z) x scale exactly"
         if spec.dtype != torch.bfloat16:
             return f"needs a bf16 model, this one is {str(spec.dtype).removeprefix('torch.')}"
         if spec.out_features % _BLOCK:
-            return f"out_features ({spec.out_features}) must be a multiple of {_BLOCK}"
+            return f"needs out_features ({spec.out_features}) to be a multiple of {_BLOCK}"
         if not layout_is_known():
-            return "this CPU's packed layout is not the AVX512 one"
+            return "needs the AVX512 layout, which this CPU does not pack"
         return None
 
     def nbytes(self, spec: LayerSpec) -> int:

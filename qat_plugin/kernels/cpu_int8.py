@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from qat_plugin.kernels.table import Kernel, LayerSpec, Packed
 from qat_plugin.numerics import Quantized, activation_scale, quantize_activation
+from qat_plugin.scheme import Scheme
 
 if TYPE_CHECKING:
     from qat_plugin.kernels.weight import QuantizedWeight
@@ -48,16 +50,17 @@ class OneDnnInt8(Kernel):
 
     name = "onednn-int8"
 
+    def serves(self, scheme: Scheme, device: torch.device) -> bool:
+        """INT8 weights by INT8 activations on CPUs."""
+        return device.type == "cpu" and scheme.weight_bits == 8 and scheme.quantizes_activations
+
     def refusal(self, spec: LayerSpec) -> str | None:
-        """Symmetric per-channel or per-tensor INT8 linears on x86."""
-        scheme = spec.scheme
-        if spec.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        """Symmetric per-channel or per-tensor linears on x86."""
+        if not torch.backends.mkldnn.is_available() or platform.machine().lower() not in ("x86_64", "amd64"):
             return "needs an x86 CPU with oneDNN"
         if spec.usage != "linear":
-            return "its packed weight cannot be looked up by row"
-        if not (scheme.weight_bits == 8 and scheme.quantizes_activations):
-            return "runs INT8 weights by INT8 activations"
-        if not scheme.symmetric or scheme.granularity == "group":
+            return "cannot look its packed weight up by row"
+        if not spec.scheme.symmetric or spec.scheme.granularity == "group":
             return "needs symmetric weights with a scale per channel or tensor"
         return None
 
@@ -90,16 +93,15 @@ class AtenInt8(Kernel):
     # 114 against 247 at 8, 433 against 352 at 32; 512 x 1024)
     few_rows = 16
 
+    def serves(self, scheme: Scheme, device: torch.device) -> bool:
+        """INT8 weight-only on CPUs."""
+        return device.type == "cpu" and scheme.weight_bits == 8 and not scheme.quantizes_activations
+
     def refusal(self, spec: LayerSpec) -> str | None:
-        """Symmetric per-channel INT8 weight-only linears in bf16; its other types are reference code."""
-        scheme = spec.scheme
-        if spec.device.type != "cpu":
-            return "needs a CPU"
+        """Symmetric per-channel linears in bf16; its other types are reference code."""
         if spec.usage != "linear":
-            return "its product takes no row look-up"
-        if not (scheme.weight_bits == 8 and not scheme.quantizes_activations):
-            return "runs INT8 weights by 16-bit activations"
-        if not scheme.symmetric or scheme.granularity != "channel":
+            return "does not look rows up"
+        if not spec.scheme.symmetric or spec.scheme.granularity != "channel":
             return "needs symmetric weights with a scale per channel"
         if spec.dtype != torch.bfloat16:
             return f"needs a bf16 model, this one is {str(spec.dtype).removeprefix('torch.')}"

@@ -15,6 +15,7 @@ from torch import Tensor
 from qat_plugin.kernels.packing import pack, packed_columns, unpack
 from qat_plugin.kernels.table import Kernel, LayerSpec, Packed
 from qat_plugin.numerics import Quantized, dequantize, fake_quantize_activation
+from qat_plugin.scheme import Scheme
 
 if TYPE_CHECKING:
     from qat_plugin.kernels.weight import QuantizedWeight
@@ -28,9 +29,9 @@ class Portable(Kernel):
 
     name = "dequantize"
 
-    def refusal(self, spec: LayerSpec) -> str | None:
-        """Runs every integer scheme."""
-        return None if spec.scheme.is_integer else f"{spec.scheme} is not an integer scheme"
+    def serves(self, scheme: Scheme, device: torch.device) -> bool:
+        """Every integer scheme, everywhere."""
+        return scheme.is_integer
 
     def nbytes(self, spec: LayerSpec) -> int:
         """Packed rows, two bytes a scale, one a zero point."""
@@ -43,7 +44,7 @@ class Portable(Kernel):
             return ""
         if spec.scheme.weight_bits < 4:
             return f"reference kernel for {spec.scheme.weight_bits}-bit weights: saves memory, slower than bf16"
-        return "saves memory, slower than bf16: no integer kernel here for this scheme, shape and dtype"
+        return "saves memory, slower than bf16"
 
     def pack(self, quantized: Quantized, spec: LayerSpec) -> Packed:
         """Rows of packed integers, scales as bf16 (exact)."""

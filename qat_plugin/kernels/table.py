@@ -25,7 +25,12 @@ Usage = Literal["linear", "embedding", "both"]
 
 # ||kernel - fake-quantized|| / ||fake-quantized|| that rounding alone explains: sums in another order for float32; one
 # rounding of the output, and one of the weight in the fake-quantized layer, for the 16-bit types.
-ROUNDING: dict[torch.dtype, float] = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+ROUNDING: dict[torch.dtype, float] = {
+    torch.float32: 1e-5,
+    torch.float64: 1e-5,
+    torch.bfloat16: 1e-2,
+    torch.float16: 2e-3,
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,6 @@ class LayerSpec:
     device: torch.device
     dtype: torch.dtype
     usage: Usage = "linear"
-
 
     @property
     def scales(self) -> int:
@@ -63,8 +67,12 @@ class Kernel(ABC):
     name: ClassVar[str]
 
     @abstractmethod
+    def serves(self, scheme: Scheme, device: torch.device) -> bool:
+        """Whether this kernel is for such schemes on such devices at all."""
+
     def refusal(self, spec: LayerSpec) -> str | None:
-        """Why this kernel cannot run the layer, or ``None`` when it can."""
+        """Why this kernel, which serves the scheme, cannot run this layer; ``None`` when it can."""
+        return None
 
     @abstractmethod
     def pack(self, quantized: Quantized, spec: LayerSpec) -> Packed:
@@ -133,13 +141,16 @@ def kernels() -> tuple[Kernel, ...]:
 
 
 def choose(spec: LayerSpec) -> Choice:
-    """The first kernel that runs the layer on its device; if none does, each one's reason."""
+    """The first kernel that runs the layer on its device; with the reasons of those that nearly would."""
     if spec.scheme.kind == "nf4":
         return Choice("none", "", f"{spec.scheme} is the frozen base of QLoRA fine-tuning, not a conversion target")
-    reasons = []
+    missed = []
     for kernel in _KERNELS.values():
+        if not kernel.serves(spec.scheme, spec.device):
+            continue
         reason = kernel.refusal(spec)
         if reason is None:
-            return Choice(kernel.name, kernel.note(spec))
-        reasons.append(f"{kernel.name}: {reason}")
-    return Choice("none", "", "; ".join(reasons))
+            note = kernel.note(spec)
+            return Choice(kernel.name, f"{note} ({'; '.join(missed)})" if note and missed else note)
+        missed.append(f"{kernel.name} {reason}")
+    return Choice("none", "", "; ".join(missed) or f"no kernel serves {spec.scheme} on {spec.device.type}")

@@ -242,7 +242,9 @@ class _Frozen(torch.autograd.Function):
 
 def _product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     if x.shape[-1] != weight.in_features:
-        raise RuntimeError(f"input has {x.shape[-1]} features (shape {tuple(x.shape)}), {weight!r} takes {weight.in_features}")
+        raise RuntimeError(
+            f"input has {x.shape[-1]} features (shape {tuple(x.shape)}), {weight!r} takes {weight.in_features}"
+        )
     if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
         x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if bias is None else bias.to(x.dtype)
@@ -276,7 +278,9 @@ def _(func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[
     bias, x, weight = (_argument(args, kwargs, i, name) for i, name in enumerate(("input", "mat1", "mat2")))
     scaled = any(kwargs.get(name, 1) != 1 for name in ("alpha", "beta"))
     if scaled or not isinstance(weight, QuantizedWeight) or not weight.transposed:
-        raise ConversionError("torch.addmm on a quantized weight is supported as bias + x @ weight with an [in, out] weight")
+        raise ConversionError(
+            "torch.addmm on a quantized weight is supported as bias + x @ weight with an [in, out] weight"
+        )
     return _linear(x, weight, bias)
 
 

@@ -113,9 +113,7 @@ class Plan:
         for layer in self.quantized:
             schemes[str(layer.scheme)] = schemes.get(str(layer.scheme), 0) + 1
         parts = ", ".join(f"{count} x {scheme}" for scheme, count in schemes.items()) or "nothing"
-        return (
-            f"{parts}; {len(self.kept)} kept; weights {human_bytes(self.bytes_before)} -> {human_bytes(self.bytes_after)}"
-        )
+        return f"{parts}; {len(self.kept)} kept; weights {human_bytes(self.bytes_before)} -> {human_bytes(self.bytes_after)}"
 
     def to_list(self) -> list[dict[str, Any]]:
         """Plain values (str, int, list, None), one dict per layer."""
@@ -143,9 +141,15 @@ class Plan:
     def table(self, *, collapse: bool = True) -> str:
         """A readable table; ``collapse`` folds layers that differ only by their block's index into one row."""
         header = ("layer", "type", "scheme", "rule", "bytes", "kernel here", "remark")
-        rows = [header, *(_cells(name, layer) for name, layer in (_folded(self.layers) if collapse else _plain(self.layers)))]
+        rows = [
+            header,
+            *(_cells(name, layer) for name, layer in (_folded(self.layers) if collapse else _plain(self.layers))),
+        ]
         widths = [max(len(row[i]) for row in rows) for i in range(len(header) - 1)]
-        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]).rstrip() for row in rows]
+        lines = [
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]).rstrip()
+            for row in rows
+        ]
         lines.insert(1, "  ".join("-" * w for w in [*widths, len(header[-1])]))
         return "\n".join([*lines, self.summary()])
 
@@ -185,7 +189,9 @@ def _folded(layers: Sequence[LayerPlan]) -> list[tuple[str, LayerPlan]]:
             continue
         indices = [int(match[0]) for member in members if (match := re.search(r"\b\d+\b", member.name))]
         total = replace(
-            members[0], bytes_before=sum(m.bytes_before for m in members), bytes_after=sum(m.bytes_after for m in members)
+            members[0],
+            bytes_before=sum(m.bytes_before for m in members),
+            bytes_after=sum(m.bytes_after for m in members),
         )
         rows.append((pattern.replace("#", "{" + _ranges(indices) + "}"), total))
     return rows

@@ -136,7 +136,12 @@ class Policy:
         return self._resolve(layer, candidate, scheme, device, dtype)
 
     def _resolve(
-        self, layer: LayerPlan, candidate: Candidate, scheme: Scheme, device: torch.device | None, dtype: torch.dtype | None
+        self,
+        layer: LayerPlan,
+        candidate: Candidate,
+        scheme: Scheme,
+        device: torch.device | None,
+        dtype: torch.dtype | None,
     ) -> LayerPlan:
         if scheme.is_float:
             return _cast(layer, candidate, scheme)
@@ -178,7 +183,11 @@ def _weight_bytes(candidate: Candidate) -> int:
 def _as_it_is(candidate: Candidate) -> LayerPlan:
     weight = getattr(candidate.module, "weight", None)
     if isinstance(weight, nn.parameter.UninitializedParameter) or not isinstance(weight, torch.Tensor):
-        parameters = [p for p in candidate.module.parameters(recurse=False) if not isinstance(p, nn.parameter.UninitializedParameter)]
+        parameters = [
+            p
+            for p in candidate.module.parameters(recurse=False)
+            if not isinstance(p, nn.parameter.UninitializedParameter)
+        ]
         size, shape = sum(p.numel() * p.element_size() for p in parameters), ()
     else:
         size = _weight_bytes(candidate)
@@ -200,8 +209,7 @@ def _cast(layer: LayerPlan, candidate: Candidate, scheme: Scheme) -> LayerPlan:
 def _without_activation(candidate: Candidate, scheme: Scheme) -> tuple[Scheme, str]:
     if candidate.kind != "embedding" or not scheme.quantizes_activations:
         return scheme, ""
-    weight_only = replace(scheme, activation_bits=16, static=False)
-    return weight_only, f"an embedding has no activation to quantize: {weight_only}"
+    return scheme.weight_format, f"an embedding has no activation to quantize: {scheme.weight_format}"
 
 
 def _with_kernel(
@@ -250,12 +258,15 @@ def _tie_group(
     for i in members:  # a side that no rule names follows the side that one does
         if layers[i].name not in decided and layers[leader].scheme is not None:
             text = f"follows {layers[leader].name}, whose weight it shares"
-            scheme = layers[leader].scheme
-            if layers[i].usage != "embedding" and layers[leader].usage == "embedding":
-                scheme = layers[leader].scheme
-            layers[i] = replace(layers[i], scheme=scheme, rule=layers[leader].rule, reason=text, kernel=layers[leader].kernel)
+            layers[i] = replace(
+                layers[i],
+                scheme=layers[leader].scheme,
+                rule=layers[leader].rule,
+                reason=text,
+                kernel=layers[leader].kernel,
+            )
     usages = {layers[i].usage for i in members}
-    formats = {_weight_format(layers[i].scheme) for i in members}
+    formats = {scheme and scheme.weight_format for scheme in (layers[i].scheme for i in members)}
     if len(formats) == 1:
         usage = "both" if len(usages) > 1 else usages.pop()
         for i in members:
@@ -267,14 +278,7 @@ def _tie_group(
             layers[i] = layer
         return
     for i in members[1:]:  # conversion parts them: each keeps its own representation
-        layers[i] = replace(
-            layers[i], tied_to=layers[first].name, bytes_before=0, untied_bytes=layers[i].bytes_after
-        )
-
-
-def _weight_format(scheme: Scheme | None) -> Scheme | None:
-    """The part of a scheme that the weight alone decides."""
-    return scheme if scheme is None or not scheme.is_integer else replace(scheme, activation_bits=16, static=False)
+        layers[i] = replace(layers[i], tied_to=layers[first].name, bytes_before=0, untied_bytes=layers[i].bytes_after)
 
 
 def unknown_layers(plan: Plan, model: nn.Module) -> str:
@@ -290,3 +294,8 @@ def unknown_layers(plan: Plan, model: nn.Module) -> str:
 
 
 PolicyLike = Policy | str | Scheme | Mapping[str, Any]
+
+
+def plan_for(model: nn.Module, policy: PolicyLike) -> Plan:
+    """``Policy.coerce(policy).plan(model)``."""
+    return Policy.coerce(policy).plan(model)

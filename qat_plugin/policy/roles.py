@@ -85,7 +85,9 @@ def candidates(model: nn.Module) -> list[Candidate]:
     cleaned = [clean_name(path) for path, _, _ in found]
     repeated = {name for name, count in Counter(cleaned).items() if count > 1}
     heads = _output_embeddings(model)
-    multiply = [module for _, module, kind in found if kind in ("linear", "conv1d") or isinstance(module, _CONVOLUTIONS)]
+    multiply = [
+        module for _, module, kind in found if kind in ("linear", "conv1d") or isinstance(module, _CONVOLUTIONS)
+    ]
     ends = {"first": multiply[:1], "last": multiply[-1:]}
     modules = dict(model.named_modules())
     result = []
@@ -135,9 +137,9 @@ def _blocked(path: str, module: nn.Module, kind: Kind) -> str:
 
 def is_quantized(weight: Tensor) -> bool:
     """Whether a weight holds integers already: ours, torchao's, bitsandbytes'."""
-    data = weight.data if type(weight) is nn.Parameter else weight
-    return not weight.is_floating_point() or type(data) not in (Tensor, nn.Parameter) and hasattr(data, "dequantize_")\
-        or hasattr(data, "tensor_data_names") or hasattr(weight, "quant_state")
+    stored_as_integers = not (weight.is_floating_point() or weight.is_complex())
+    subclass = hasattr(weight, "tensor_data_names") or hasattr(weight, "quantized_scalers")  # torchao's, its NF4
+    return stored_as_integers or subclass or hasattr(weight, "quant_state")  # bitsandbytes'
 
 
 def _roles(

@@ -39,9 +39,7 @@ class Rule:
             return re.match(self.pattern[3:], candidate.name) is not None
         if self.pattern.startswith("type:"):
             return self.pattern[5:] in _class_names(candidate)
-        return any(
-            fnmatchcase(candidate.name, form.format(self.pattern)) for form in ("{}", "*.{}", "{}.*", "*.{}.*")
-        )
+        return any(fnmatchcase(candidate.name, form.format(self.pattern)) for form in ("{}", "*.{}", "{}.*", "*.{}.*"))
 
 
 def _class_names(candidate: Candidate) -> Iterator[str]:
@@ -58,7 +56,9 @@ def check_pattern(pattern: object) -> str:
         PolicyError: when it is empty, not a string, or an invalid regular expression.
     """
     if not isinstance(pattern, str) or not pattern.strip():
-        raise PolicyError(f"a rule's pattern is a role ({', '.join(ROLES)}), a glob, 're:...' or 'type:...', not {pattern!r}")
+        raise PolicyError(
+            f"a rule's pattern is a role ({', '.join(ROLES)}), a glob, 're:...' or 'type:...', not {pattern!r}"
+        )
     if pattern.startswith("re:"):
         try:
             re.compile(pattern[3:])

@@ -1,0 +1,74 @@
+"""Quantization for PyTorch training: what you trained is what you ship.
+
+Importing this package is cheap and prints nothing: torch, Lightning and the rest are imported when a name is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from qat_plugin.callbacks import ExactResume, MixedPrecision, QuantizationAwareTraining
+    from qat_plugin.convert import convert, is_converted, load_converted, proof_of, save_converted
+    from qat_plugin.errors import QatError
+    from qat_plugin.policy import Plan, Policy
+    from qat_plugin.qat import Phase, calibrating, capture_inputs, prepare, set_phase, unprepare
+    from qat_plugin.scheme import Scheme
+
+_WHERE = {
+    "ExactResume": "callbacks",
+    "MixedPrecision": "callbacks",
+    "QuantizationAwareTraining": "callbacks",
+    "convert": "convert",
+    "is_converted": "convert",
+    "load_converted": "convert",
+    "proof_of": "convert",
+    "save_converted": "convert",
+    "QatError": "errors",
+    "Plan": "policy",
+    "Policy": "policy",
+    "Phase": "qat",
+    "calibrating": "qat",
+    "capture_inputs": "qat",
+    "prepare": "qat",
+    "set_phase": "qat",
+    "unprepare": "qat",
+    "Scheme": "scheme",
+}
+
+__all__ = [
+    "ExactResume",
+    "MixedPrecision",
+    "Phase",
+    "Plan",
+    "Policy",
+    "QatError",
+    "QuantizationAwareTraining",
+    "Scheme",
+    "__version__",
+    "calibrating",
+    "capture_inputs",
+    "convert",
+    "is_converted",
+    "load_converted",
+    "prepare",
+    "proof_of",
+    "save_converted",
+    "set_phase",
+    "unprepare",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'qat_plugin' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"qat_plugin.{_WHERE[name]}"), name)
+    globals()[name] = value  # also keeps a submodule of the same name (convert) from shadowing it
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_WHERE])

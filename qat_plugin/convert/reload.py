@@ -1,0 +1,106 @@
+"""A converted model takes a float state_dict and stays converted.
+
+``trainer.test()`` after a fit reloads the best (float) checkpoint into the model that is there. Each converted layer
+quantizes the float weight that arrives, instead of failing on it or turning float again (Lightning #12896).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat_plugin.errors import CheckpointError, ConversionError
+from qat_plugin.kernels.weight import CastWeight, QuantizedWeight, is_converted_weight
+from qat_plugin.numerics import learned_scale, quantize, round_to_nearest
+from qat_plugin.policy import candidates
+
+logger = logging.getLogger(__name__)
+
+
+def requantize_on_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A load_state_dict pre-hook: quantize the float weight that arrives for a converted layer, by min-max scales."""
+    current, incoming = module._parameters.get("weight"), state_dict.get(f"{prefix}weight")
+    if current is None or not isinstance(incoming, Tensor) or is_converted_weight(incoming):
+        return
+    if is_converted_weight(current):
+        if incoming.shape != current.shape:
+            return  # torch reports the sizes
+        state_dict[f"{prefix}weight"] = like(current, incoming, {})
+
+
+@torch.no_grad()
+def like(current: Tensor, weight: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    """A float weight in the representation of a converted one.
+
+    Args:
+        current: the converted weight it takes the place of.
+        weight: float, of the same logical shape.
+        state: that layer's entry of a quantizer state; its learned or frozen scales are used when it has any.
+    """
+    weight = weight.detach().to(current.device)
+    if isinstance(current, CastWeight):
+        return CastWeight(weight.to(current.data_.dtype), current.logical_dtype)
+    assert isinstance(current, QuantizedWeight)
+    rows, scheme = (weight.t() if current.transposed else weight), current.scheme
+    if "frozen_scale" in state:
+        integers = quantize(rows, *_on(rows, state["frozen_scale"], state.get("frozen_zero_point")), scheme)
+    elif "scale" in state:
+        integers = quantize(rows, *_on(rows, learned_scale(state["scale"], scheme), state.get("zero_point")), scheme)
+    else:
+        integers = round_to_nearest(rows, scheme)
+    activation_scale = current.activation_scale
+    if "absmax" in state and activation_scale is not None:
+        from qat_plugin.observers import scale_of
+
+        activation_scale = scale_of(state["absmax"]).to(activation_scale.device)
+    return QuantizedWeight.from_integers(
+        integers,
+        current.logical_dtype,
+        transposed=current.transposed,
+        usage=current.usage,
+        activation_scale=activation_scale,
+        kernel=current.kernel_name,
+    )
+
+
+def _on(rows: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return scale.to(rows.device), None if zero_point is None else zero_point.to(rows.device)
+
+
+def reload_float(
+    model: nn.Module, state_dict: Mapping[str, Tensor], quantizer_state: Mapping[str, Any] | None = None
+) -> None:
+    """Load a float state_dict into a converted model, with the scales of the checkpoint it comes from.
+
+    Args:
+        model: converted; its integer layers stay integer.
+        state_dict: the float model's.
+        quantizer_state: what :func:`~qat_plugin.qat.quantizer_state` saved beside it; needed when scales were learned
+            or frozen, since min-max scales of the weights would be others.
+
+    Raises:
+        ConversionError: when the model is not converted.
+        CheckpointError: when names or shapes do not match; nothing is changed then.
+    """
+    layers = {c.name: c for c in candidates(model) if is_converted_weight(c.module._parameters.get("weight"))}
+    if not layers:
+        raise ConversionError(f"{type(model).__name__} is not converted: use load_state_dict")
+    own = model.state_dict()
+    wrong = sorted(own.keys() ^ state_dict.keys()) or [k for k, v in own.items() if v.shape != state_dict[k].shape]
+    if wrong:
+        raise CheckpointError(
+            f"the state_dict does not fit {type(model).__name__}: {', '.join(wrong[:5])} missing, unknown or of another shape"
+        )
+    states = {} if quantizer_state is None else quantizer_state["layers"]
+    merged: dict[str, Tensor] = dict(state_dict)
+    for name, candidate in layers.items():
+        key = f"{candidate.path}.weight" if candidate.path else "weight"
+        current = candidate.module._parameters["weight"]
+        assert current is not None
+        if not is_converted_weight(merged[key]):
+            merged[key] = like(current, merged[key], states.get(name, {}))
+    model.load_state_dict(merged)

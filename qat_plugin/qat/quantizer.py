@@ -1,0 +1,229 @@
+"""The fake quantization of one layer: its scheme, phase, scales and observer."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat_plugin.errors import CheckpointError, PrepareError
+from qat_plugin.numerics import (
+    Quantized,
+    choose_qparams,
+    fake_cast,
+    fake_quantize,
+    fake_quantize_activation,
+    fake_quantize_learned,
+    learned_scale,
+    quantize,
+)
+from qat_plugin.observers import AbsMaxObserver
+from qat_plugin.policy import LayerPlan, Plan
+from qat_plugin.scheme import Scheme
+
+
+class Phase(enum.Enum):
+    """Where quantization-aware training stands.
+
+    ``FLOAT``: layers compute as before. ``OBSERVING``: the same, while static schemes watch training activations.
+    ``FAKE_QUANTIZED``: the forward pass sees quantized numbers. ``FROZEN``: the same with scales that no longer move.
+    """
+
+    FLOAT = "float"
+    OBSERVING = "observing"
+    FAKE_QUANTIZED = "fake-quantized"
+    FROZEN = "frozen"
+
+
+class LayerQuantizer(nn.Module):
+    """Fake quantization of one layer, a submodule of it that no state_dict shows.
+
+    Args:
+        layer: the layer's plan; its scheme is a float or an integer one.
+        plan: the whole plan, so that any prepared layer can tell it.
+        weight: the layer's weight as its module holds it.
+        transposed: the module's weight is [in_features, out_features].
+        learn_scales: make the scales a Parameter (LSQ), initialised from the weight.
+        share: the quantizer of the layer this one is tied to; their learned scales are one Parameter.
+    """
+
+    scale: Tensor | None
+    zero_point: Tensor | None
+    frozen_scale: Tensor | None
+    frozen_zero_point: Tensor | None
+
+    def __init__(
+        self,
+        layer: LayerPlan,
+        plan: Plan,
+        weight: Tensor,
+        *,
+        transposed: bool,
+        learn_scales: bool,
+        share: LayerQuantizer | None = None,
+    ) -> None:
+        super().__init__()
+        assert layer.scheme is not None
+        self.layer, self.plan, self.transposed = layer, plan, transposed
+        self.scheme: Scheme = layer.scheme
+        self.phase = Phase.FLOAT
+        self.observe_always = False
+        self.observer = AbsMaxObserver() if self.scheme.static else None
+        for name in ("zero_point", "frozen_scale", "frozen_zero_point"):
+            self.register_buffer(name, None, persistent=False)
+        self.register_parameter("scale", None)
+        if learn_scales and self.scheme.is_integer:
+            scale, self.zero_point = choose_qparams(self.rows(weight.detach()), self.scheme)
+            one_format = share is not None and share.scheme.weight_format == self.scheme.weight_format
+            shared = share.scale if share is not None and one_format else None
+            self.scale = nn.Parameter(scale) if shared is None else shared
+        # nn.TransformerEncoderLayer leaves its fused inference path, which would read the float weights, when any
+        # submodule has a hook; this one has.
+        self.register_forward_pre_hook(_never_called)
+
+    @property
+    def learns_scales(self) -> bool:
+        """Whether the scales are a Parameter."""
+        return self.scale is not None
+
+    @property
+    def active(self) -> bool:
+        """Whether the forward pass sees quantized numbers."""
+        return self.phase in (Phase.FAKE_QUANTIZED, Phase.FROZEN)
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """The weight as [out_features, in_features]."""
+        return weight.t() if self.transposed else weight
+
+    def fake_weight(self, rows: Tensor) -> Tensor:
+        """Fake-quantized [rows, in_features]; differentiable."""
+        if self.scheme.is_float:
+            return fake_cast(rows, self.scheme.float_dtype)
+        if self.frozen_scale is not None:
+            return fake_quantize(rows, self.scheme, self.frozen_scale, self.frozen_zero_point)
+        if self.scale is not None:
+            return fake_quantize_learned(rows, self.scale, self.zero_point, self.scheme)
+        return fake_quantize(rows, self.scheme)
+
+    @property
+    def rows_stand_alone(self) -> bool:
+        """Whether looked-up rows can be fake-quantized by themselves: when their scales come from them alone."""
+        fixed = self.learns_scales or self.frozen_scale is not None
+        return self.scheme.is_float or not (fixed or self.scheme.per_tensor)
+
+    def fake_input(self, x: Tensor) -> Tensor:
+        """The fake-quantized input of the layer; observes it where that is due."""
+        self.observe(x)
+        if not self.scheme.quantizes_activations or not self.active or not x.is_floating_point():
+            return x
+        if self.observer is None:
+            return fake_quantize_activation(x)
+        return fake_quantize_activation(x, self.observer.scale()) if self.observer.has_data else x
+
+    def observe(self, x: Tensor) -> None:
+        """Let a static scheme see the input: in training and before freezing only."""
+        if self.observer is None or self.phase in (Phase.FLOAT, Phase.FROZEN):
+            return
+        if self.training or self.observe_always:
+            self.observer(x)
+
+    def qparams(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The scales and zero points in force for a weight as its module holds it."""
+        if self.frozen_scale is not None:
+            return self.frozen_scale, self.frozen_zero_point
+        if self.scale is not None:
+            return learned_scale(self.scale, self.scheme), self.zero_point
+        return choose_qparams(self.rows(weight), self.scheme)
+
+    def integers(self, weight: Tensor) -> Quantized:
+        """The integers that the fake-quantized forward stands for."""
+        return quantize(self.rows(weight), *self.qparams(weight), self.scheme)
+
+    def activation_scale(self) -> Tensor | None:
+        """The calibrated scale of a static scheme, float32 scalar; ``None`` for others.
+
+        Raises:
+            PrepareError: when no activation was seen.
+        """
+        if self.observer is None:
+            return None
+        if not self.observer.has_data:
+            raise PrepareError(
+                f"{self.layer.name} ({self.scheme}) saw no activation: calibrate it first, by training batches or by a "
+                "forward pass inside `with calibrating(model):`"
+            )
+        return self.observer.scale()
+
+    def enter(self, phase: Phase, weight: Tensor) -> None:
+        """Move to a phase; freezing fixes the scales in force now, leaving it releases them."""
+        if phase is Phase.FROZEN and self.scheme.is_integer and self.frozen_scale is None:
+            scale, zero_point = self.qparams(weight)
+            self.frozen_scale, self.frozen_zero_point = scale.clone(), zero_point
+        if phase is not Phase.FROZEN:
+            self.frozen_scale = self.frozen_zero_point = None
+        self.phase = phase
+
+    def export_state(self) -> dict[str, Tensor]:
+        """Scales and observer statistics, as tensors on the CPU."""
+        tensors = {name: getattr(self, name) for name in ("scale", "zero_point", "frozen_scale", "frozen_zero_point")}
+        if self.observer is not None:
+            tensors |= {"absmax": self.observer.absmax, "batches": self.observer.batches}
+        return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items() if tensor is not None}
+
+    def import_state(self, state: dict[str, Tensor], phase: Phase, device: torch.device) -> None:
+        """The inverse of :meth:`export_state`.
+
+        Raises:
+            CheckpointError: when the state has scales this layer lacks, or of another shape.
+        """
+        if ("scale" in state) != self.learns_scales:
+            raise CheckpointError(
+                f"{self.layer.name}: the checkpoint was made with learn_scales={'scale' in state}, this model is prepared "
+                f"with learn_scales={self.learns_scales}"
+            )
+        if self.scale is not None:
+            if state["scale"].shape != self.scale.shape:
+                raise CheckpointError(
+                    f"{self.layer.name}: the checkpoint's scales have shape {tuple(state['scale'].shape)}, this layer's "
+                    f"{tuple(self.scale.shape)}"
+                )
+            with torch.no_grad():
+                self.scale.copy_(state["scale"])
+        for name in ("zero_point", "frozen_scale", "frozen_zero_point"):
+            value = state.get(name)
+            setattr(self, name, None if value is None else value.to(device))
+        if self.observer is not None and "absmax" in state:
+            self.observer.absmax.copy_(state["absmax"])
+            self.observer.batches.copy_(state["batches"])
+        self.phase = phase
+
+    def extra_repr(self) -> str:
+        """Scheme, phase, and whether scales are learned."""
+        return f"{self.scheme}, phase={self.phase.value}" + (", learned scales" if self.learns_scales else "")
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Nothing: a prepared model's state_dict is the float model's."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Empty, the observer's buffers included."""
+        return kwargs.get("destination") if kwargs.get("destination") is not None else {}
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is missing, nothing is read."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LayerQuantizer:
+        """Follow the layer to a device, never to a narrower float type: scales stay float32."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)
+        return self
+
+
+def _never_called(module: nn.Module, args: Any) -> None:
+    """See :class:`LayerQuantizer`."""
