@@ -1,6 +1,6 @@
 """Quantization for PyTorch training: what you trained is what you ship.
 
-Importing this package is cheap and prints nothing: torch, Lightning and the rest are imported when a name is first used.
+Importing this package is cheap and prints nothing: torch, Lightning and the rest come in when a name is first used.
 """
 
 from __future__ import annotations

@@ -133,7 +133,8 @@ def _check_same_plan(model: nn.Module, plan: Plan | PolicyLike) -> None:
         if trained.get(name) != wanted.get(name):
             raise ConversionError(
                 f"{name} was trained as {trained.get(name, 'float')} and the plan given to convert() says "
-                f"{wanted.get(name, 'float')}: what is trained is what ships. Leave the plan out, or unprepare(model) first"
+                f"{wanted.get(name, 'float')}: what is trained is what ships. Leave the plan out, or "
+                "unprepare(model) first"
             )
 
 

@@ -1,9 +1,10 @@
 """Converted models on disk: one safetensors file, no pickle, read back to the same integers.
 
-An integer weight ``X`` is stored as ``X.q`` (rows packed to their bits), ``X.scale`` (bf16, exact), and where it has them
+An integer weight ``X`` is stored as ``X.q`` (rows packed to their bits), ``X.scale`` (bf16, exact), and where it has
+them
 ``X.zero_point`` (uint8) and ``X.activation_scale`` (float32): portable rows, whatever layout the kernel here uses. The
-header's ``qat_plugin`` entry holds, as JSON, the scheme, shape, type, orientation and use of each, which names are tied,
-the plan and the proof. ``plan.json`` beside it repeats the plan for readers.
+header's ``qat_plugin`` entry holds, as JSON, the scheme, shape, type, orientation and use of each, which names are
+tied, the plan and the proof. ``plan.json`` beside it repeats the plan for readers.
 """
 
 from __future__ import annotations
@@ -219,12 +220,14 @@ def _check_fits(model: nn.Module, weights: Mapping[str, Tensor], ties: Mapping[s
         raise CheckpointError(f"{path} is another model's: it lacks {', '.join(missing[:5])} of {type(model).__name__}")
     if unknown := sorted(names - own.keys()):
         raise CheckpointError(
-            f"{path} is another model's: {type(model).__name__} has no {', '.join(unknown[:5])}.{did_you_mean(unknown[0], own)}"
+            f"{path} is another model's: {type(model).__name__} has no "
+            f"{', '.join(unknown[:5])}.{did_you_mean(unknown[0], own)}"
         )
     for name, weight in weights.items():
         if tuple(weight.shape) != own[name]:
             raise CheckpointError(
-                f"{path} is another model's: {name} has shape {tuple(weight.shape)} there, {own[name]} in {type(model).__name__}"
+                f"{path} is another model's: {name} has shape {tuple(weight.shape)} there, {own[name]} in "
+                f"{type(model).__name__}"
             )
 
 

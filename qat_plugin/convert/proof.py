@@ -41,13 +41,16 @@ class LayerProof:
         """
         if self.weight_difference != 0:
             raise ConversionError(
-                f"{self.name}: the converted weight ({self.scheme}, kernel {self.kernel}) differs from the trained one by "
+                f"{self.name}: the converted weight ({self.scheme}, kernel {self.kernel}) differs from the "
+                "trained one by "
                 f"up to {self.weight_difference:g}; it must be equal"
             )
         if not self.output_error <= self.tolerance:
             raise ConversionError(
-                f"{self.name}: the output of kernel {self.kernel} ({self.scheme}) differs from the fake-quantized layer's "
-                f"by {self.output_error:.3g} (relative norm, {self.inputs} inputs); its rounding explains {self.tolerance:g}"
+                f"{self.name}: the output of kernel {self.kernel} ({self.scheme}) differs from the "
+                "fake-quantized layer's "
+                f"by {self.output_error:.3g} (relative norm, {self.inputs} inputs); its rounding explains "
+                f"{self.tolerance:g}"
             )
         return self
 

@@ -93,7 +93,8 @@ def reload_float(
     wrong = sorted(own.keys() ^ state_dict.keys()) or [k for k, v in own.items() if v.shape != state_dict[k].shape]
     if wrong:
         raise CheckpointError(
-            f"the state_dict does not fit {type(model).__name__}: {', '.join(wrong[:5])} missing, unknown or of another shape"
+            f"the state_dict does not fit {type(model).__name__}: {', '.join(wrong[:5])} missing, unknown or "
+            "of another shape"
         )
     states = {} if quantizer_state is None else quantizer_state["layers"]
     merged: dict[str, Tensor] = dict(state_dict)

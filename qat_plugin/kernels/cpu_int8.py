@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
 # x86 multiplies unsigned by signed bytes; signed activations would fall onto a reference path without AMX.
 _ACTIVATION_ZERO_POINT = 128
+# Weights from which the integer product saves more than quantizing its input costs (0.7-0.9 of bf16's speed at
+# 1024 x 1024, 1.6-2.0 at 4096 x 4096, for 1 to 128 rows on one thread of an AVX512-BF16 x86).
+_WORTH_QUANTIZING_INPUT = 1 << 21
 
 
-@torch.library.custom_op("qat_plugin::int8_linear", mutates_args=())
 def int8_linear(x: Tensor, packed: Tensor, weight_scale: Tensor, static_scale: Tensor | None) -> Tensor:
     """``x W^T`` of INT8 by INT8.
 
@@ -37,10 +39,15 @@ def int8_linear(x: Tensor, packed: Tensor, weight_scale: Tensor, static_scale: T
         unsigned, 1.0, _ACTIVATION_ZERO_POINT, packed, weight_scale, zero_points,
         None, 1.0, 0, torch.float32, "none", [], "",
     )  # fmt: skip
-    return (y * scale).to(x.dtype)
+    result: Tensor = (y * scale).to(x.dtype)
+    return result
 
 
-@int8_linear.register_fake
+# Inductor cannot lower the raw oneDNN operator; eager calls skip the custom operator's dispatch.
+_compiled_int8_linear = torch.library.custom_op("qat_plugin::int8_linear", int8_linear, mutates_args=())
+
+
+@_compiled_int8_linear.register_fake
 def _(x: Tensor, packed: Tensor, weight_scale: Tensor, static_scale: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight_scale.numel())
 
@@ -64,6 +71,12 @@ class OneDnnInt8(Kernel):
             return "needs symmetric weights with a scale per channel or tensor"
         return None
 
+    def note(self, spec: LayerSpec) -> str:
+        """In a small layer, quantizing the input costs more than the product saves."""
+        if spec.out_features * spec.in_features < _WORTH_QUANTIZING_INPUT:
+            return "slower than bf16 at this small size"
+        return ""
+
     def nbytes(self, spec: LayerSpec) -> int:
         """A byte a weight, four a channel."""
         return spec.out_features * (spec.in_features + 4)
@@ -81,7 +94,8 @@ class OneDnnInt8(Kernel):
 
     def linear(self, x: Tensor, weight: QuantizedWeight) -> Tensor:
         """Integer product, exact; then one multiplication by the two scales."""
-        y: Tensor = int8_linear(x, weight.data_, weight.scale, weight.activation_scale)
+        product = _compiled_int8_linear if torch.compiler.is_compiling() else int8_linear
+        y: Tensor = product(x, weight.data_, weight.scale, weight.activation_scale)
         return y
 
 
@@ -89,9 +103,9 @@ class AtenInt8(Kernel):
     """w8a16 in bf16: ATen's product for few rows; the dequantized weight in a float product above that."""
 
     name = "aten-int8"
-    # rows up to which ATen's kernel wins over dequantizing (measured on AVX512: 34 against 228 us at 1 row,
-    # 114 against 247 at 8, 433 against 352 at 32; 512 x 1024)
-    few_rows = 16
+    # Rows up to which ATen's kernel wins over dequantizing into a bf16 product: one thread of an AVX512-BF16 x86 has the
+    # crossing near 30 rows at 1024 x 1024 and 130 at 4096 x 4096.
+    few_rows = 64
 
     def serves(self, scheme: Scheme, device: torch.device) -> bool:
         """INT8 weight-only on CPUs."""
@@ -113,7 +127,7 @@ class AtenInt8(Kernel):
 
     def note(self, spec: LayerSpec) -> str:
         """Weight-only INT8 saves bandwidth, not arithmetic."""
-        return f"above {self.few_rows} rows the weight is dequantized: slower than bf16 there"
+        return "slower than bf16 above about 4 rows a call"
 
     def pack(self, quantized: Quantized, spec: LayerSpec) -> Packed:
         """Plain int8 rows; scales in bf16 (exact)."""

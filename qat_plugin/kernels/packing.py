@@ -32,14 +32,15 @@ def pack(q: Tensor, bits: int) -> Tensor:
     field = q.to(torch.uint8) & ((1 << bits) - 1)
     field = F.pad(field, (0, -field.shape[-1] % values)).unflatten(-1, (-1, values))
     if size == 1:
-        packed = field[..., 0]
+        packed: Tensor = field[..., 0]
         for i in range(1, values):
             packed = packed | (field[..., i] << (i * bits))
         return packed.contiguous()
     shifts = torch.arange(values, device=q.device, dtype=torch.int32) * bits
     word = (field.to(torch.int32) << shifts).sum(-1, dtype=torch.int32)
     split = torch.arange(size, device=q.device, dtype=torch.int32) * 8
-    return ((word.unsqueeze(-1) >> split) & 0xFF).to(torch.uint8).flatten(-2).contiguous()
+    spread: Tensor = (word.unsqueeze(-1) >> split) & 0xFF
+    return spread.to(torch.uint8).flatten(-2).contiguous()
 
 
 def unpack(packed: Tensor, bits: int, columns: int, *, signed: bool) -> Tensor:

@@ -144,7 +144,7 @@ def choose(spec: LayerSpec) -> Choice:
     """The first kernel that runs the layer on its device; with the reasons of those that nearly would."""
     if spec.scheme.kind == "nf4":
         return Choice("none", "", f"{spec.scheme} is the frozen base of QLoRA fine-tuning, not a conversion target")
-    missed = []
+    missed: list[str] = []
     for kernel in _KERNELS.values():
         if not kernel.serves(spec.scheme, spec.device):
             continue

@@ -55,4 +55,5 @@ def import_torchao() -> ModuleType:
         import torchao
         import torchao.utils
 
-    return torchao
+    module: ModuleType = torchao
+    return module

@@ -1,6 +1,7 @@
 """Quantized weights as tensor subclasses: a converted layer keeps its class, its forward and its names.
 
-:class:`QuantizedWeight` holds a kernel's tensors and answers ``F.linear`` (nn.Linear and its subclasses), ``torch.addmm``
+:class:`QuantizedWeight` holds a kernel's tensors and answers ``F.linear`` (nn.Linear and its subclasses),
+``torch.addmm``
 (transformers' Conv1D, whose weight is [in, out]) and ``F.embedding``. :class:`CastWeight` is a float weight stored in a
 narrower float type. Both are frozen: a backward pass through an integer product raises.
 """
@@ -63,10 +64,10 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
         zero_point: Tensor | None = None,
         activation_scale: Tensor | None = None,
     ) -> QuantizedWeight:
-        self = torch.Tensor._make_wrapper_subclass(
+        """An empty shell of the logical shape and type."""
+        return torch.Tensor._make_wrapper_subclass(
             cls, tuple(logical_shape), dtype=logical_dtype, device=scale.device, requires_grad=False
         )
-        return cast(QuantizedWeight, self)
 
     def __init__(
         self,
@@ -174,7 +175,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
             memo[id(self)] = torch.nn.Parameter(copied, requires_grad=False) if _is_parameter(self) else copied
         return cast(QuantizedWeight, memo[id(self)])
 
-    def __repr__(self) -> str:  # type: ignore[override]
+    def __repr__(self) -> str:
         return f"QuantizedWeight({self.spelling}, shape={tuple(self.logical_shape)}, kernel={self.kernel_name})"
 
 
@@ -191,10 +192,10 @@ class CastWeight(TorchAOBaseTensor):  # type: ignore[misc]
 
     @staticmethod
     def __new__(cls: type[CastWeight], data_: Tensor, logical_dtype: torch.dtype) -> CastWeight:
-        self = torch.Tensor._make_wrapper_subclass(
+        """An empty shell of the logical type."""
+        return torch.Tensor._make_wrapper_subclass(
             cls, data_.shape, dtype=logical_dtype, device=data_.device, requires_grad=False
         )
-        return cast(CastWeight, self)
 
     def __init__(self, data_: Tensor, logical_dtype: torch.dtype) -> None:
         super().__init__()
@@ -211,7 +212,7 @@ class CastWeight(TorchAOBaseTensor):  # type: ignore[misc]
             memo[id(self)] = torch.nn.Parameter(copied, requires_grad=False) if _is_parameter(self) else copied
         return cast(CastWeight, memo[id(self)])
 
-    def __repr__(self) -> str:  # type: ignore[override]
+    def __repr__(self) -> str:
         return f"CastWeight({self.data_.dtype} as {self.logical_dtype}, shape={tuple(self.shape)})"
 
 

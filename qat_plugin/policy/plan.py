@@ -113,7 +113,8 @@ class Plan:
         for layer in self.quantized:
             schemes[str(layer.scheme)] = schemes.get(str(layer.scheme), 0) + 1
         parts = ", ".join(f"{count} x {scheme}" for scheme, count in schemes.items()) or "nothing"
-        return f"{parts}; {len(self.kept)} kept; weights {human_bytes(self.bytes_before)} -> {human_bytes(self.bytes_after)}"
+        size = f"{human_bytes(self.bytes_before)} -> {human_bytes(self.bytes_after)}"
+        return f"{parts}; {len(self.kept)} kept; weights {size}"
 
     def to_list(self) -> list[dict[str, Any]]:
         """Plain values (str, int, list, None), one dict per layer."""

@@ -175,22 +175,15 @@ def _scheme_or_keep(scheme: str | Scheme | None) -> Scheme | None:
     return None if scheme is None or scheme == "keep" else Scheme.parse(scheme)
 
 
-def _weight_bytes(candidate: Candidate) -> int:
-    weight = getattr(candidate.module, "weight", None)
-    return int(weight.numel() * weight.element_size()) if isinstance(weight, torch.Tensor) else 0
-
-
 def _as_it_is(candidate: Candidate) -> LayerPlan:
     weight = getattr(candidate.module, "weight", None)
+    shape: tuple[int, ...] = ()
     if isinstance(weight, nn.parameter.UninitializedParameter) or not isinstance(weight, torch.Tensor):
-        parameters = [
-            p
-            for p in candidate.module.parameters(recurse=False)
-            if not isinstance(p, nn.parameter.UninitializedParameter)
-        ]
-        size, shape = sum(p.numel() * p.element_size() for p in parameters), ()
+        own = candidate.module.parameters(recurse=False)
+        made = [p for p in own if not isinstance(p, nn.parameter.UninitializedParameter)]
+        size = sum(p.numel() * p.element_size() for p in made)
     else:
-        size = _weight_bytes(candidate)
+        size = weight.numel() * weight.element_size()
         shape = tuple(weight.shape) if candidate.kind in ("unsupported", "norm") else candidate.out_in
     return LayerPlan(
         candidate.name, type(candidate.module).__name__, candidate.roles, shape, None, "-",
@@ -199,7 +192,7 @@ def _as_it_is(candidate: Candidate) -> LayerPlan:
 
 
 def _cast(layer: LayerPlan, candidate: Candidate, scheme: Scheme) -> LayerPlan:
-    now: torch.dtype = candidate.module.weight.dtype  # type: ignore[union-attr, assignment]
+    now: torch.dtype = candidate.module.weight.dtype  # type: ignore[assignment]
     if now == scheme.float_dtype or now.itemsize < scheme.float_dtype.itemsize:
         return replace(layer, reason=f"its weight is {str(now).removeprefix('torch.')}: {scheme} would add nothing")
     after = layer.bytes_before * scheme.float_dtype.itemsize // now.itemsize

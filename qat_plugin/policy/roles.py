@@ -1,8 +1,8 @@
 """What a module is and what part it plays: kinds, roles and names without wrappers.
 
 Roles are ``embedding``, ``attention``, ``ffn``, ``head``, ``norm``, and ``first`` and ``last`` (of the layers that
-multiply). They are read from module types, from ``get_output_embeddings`` where a model offers it, and from the names that
-the field uses, so that they fit Llama, GPT-2, BERT, T5, ViT and plain ``nn.Sequential`` models.
+multiply). They are read from module types, from ``get_output_embeddings`` where a model offers it, and from the
+names that the field uses, so that they fit Llama, GPT-2, BERT, T5, ViT and plain ``nn.Sequential`` models.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Final, Literal
 
+import torch
 from torch import Tensor, nn
 
 ROLES: Final[tuple[str, ...]] = ("embedding", "attention", "ffn", "head", "norm", "first", "last")
@@ -60,8 +61,8 @@ class Candidate:
     @property
     def out_in(self) -> tuple[int, int]:
         """[out_features, in_features] of the weight as integers are laid out."""
-        shape = self.module.weight.shape  # type: ignore[union-attr]
-        return (shape[1], shape[0]) if self.kind == "conv1d" else (shape[0], shape[-1])  # type: ignore[index]
+        shape: torch.Size = self.module.weight.shape  # type: ignore[assignment]
+        return (shape[1], shape[0]) if self.kind == "conv1d" else (shape[0], shape[-1])
 
 
 def clean_name(path: str) -> str:

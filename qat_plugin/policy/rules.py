@@ -81,7 +81,8 @@ def check_used(rules: Sequence[Rule], found: Sequence[Candidate], decided: dict[
             earlier = sorted({decided[name].pattern for name in matched if name in decided})
             raise PolicyError(
                 f"policy rule {rule.pattern!r} decides no layer of {model}: of the {len(matched)} it matches "
-                f"(such as {matched[0]}), each was decided by an earlier rule ({', '.join(earlier)}). The first rule that "
+                f"(such as {matched[0]}), each was decided by an earlier rule ({', '.join(earlier)}). The "
+                "first rule that "
                 "matches wins: move it up or drop it"
             )
 

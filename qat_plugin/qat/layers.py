@@ -135,7 +135,7 @@ def extend(layer: nn.Module, quantizer: LayerQuantizer) -> None:
     """Make a layer fake-quantize, in place."""
     layer.add_module(ATTRIBUTE, quantizer)
     quantizer.train(layer.training)
-    layer.__class__ = fake_quantized_class(type(layer))
+    layer.__class__ = fake_quantized_class(type(layer))  # type: ignore[arg-type]
 
 
 def restore(layer: nn.Module) -> None:
@@ -150,4 +150,4 @@ def transposed(layer: nn.Module) -> bool:
 
 
 def _rebuild(base: type[nn.Module]) -> nn.Module:
-    return base.__new__(fake_quantized_class(base))
+    return base.__new__(fake_quantized_class(base))  # type: ignore[arg-type]

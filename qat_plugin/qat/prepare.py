@@ -73,7 +73,8 @@ def prepare(
 def _check_untouched(model: nn.Module) -> None:
     if is_prepared(model):
         raise PrepareError(
-            f"{type(model).__name__} is already prepared for quantization-aware training; call unprepare(model) first to "
+            f"{type(model).__name__} is already prepared for quantization-aware training; call "
+            "unprepare(model) first to "
             "change its plan"
         )
     if any(_is_ours(parameter) for parameter in model.parameters()):
@@ -126,8 +127,8 @@ def check_finite(name: str, weight: Tensor) -> None:
 
 def prepared_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Plan name -> prepared layer, in plan order."""
-    found = {m.fake_quantizer.layer.name: m for m in model.modules() if isinstance(m, FakeQuantized)}
-    return found  # type: ignore[return-value]
+    layers = [module for module in model.modules() if isinstance(module, FakeQuantized)]
+    return {layer.fake_quantizer.layer.name: layer for layer in layers}
 
 
 def quantizers(model: nn.Module) -> dict[str, LayerQuantizer]:
@@ -225,7 +226,8 @@ def load_quantizer_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     for name in sorted(theirs.keys() | here.keys()):
         if theirs.get(name) != here.get(name):
             raise CheckpointError(
-                f"the checkpoint's plan differs from this model's at {name}: {theirs.get(name, 'not quantized')} there, "
+                f"the checkpoint's plan differs from this model's at {name}: "
+                f"{theirs.get(name, 'not quantized')} there, "
                 f"{here.get(name, 'not quantized')} here.{did_you_mean(name, theirs.keys() - {name})} Resume with the "
                 "policy the checkpoint was made with"
             )

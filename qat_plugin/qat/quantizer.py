@@ -181,13 +181,15 @@ class LayerQuantizer(nn.Module):
         """
         if ("scale" in state) != self.learns_scales:
             raise CheckpointError(
-                f"{self.layer.name}: the checkpoint was made with learn_scales={'scale' in state}, this model is prepared "
+                f"{self.layer.name}: the checkpoint was made with learn_scales={'scale' in state}, this model "
+                "is prepared "
                 f"with learn_scales={self.learns_scales}"
             )
         if self.scale is not None:
             if state["scale"].shape != self.scale.shape:
                 raise CheckpointError(
-                    f"{self.layer.name}: the checkpoint's scales have shape {tuple(state['scale'].shape)}, this layer's "
+                    f"{self.layer.name}: the checkpoint's scales have shape {tuple(state['scale'].shape)}, "
+                    "this layer's "
                     f"{tuple(self.scale.shape)}"
                 )
             with torch.no_grad():
