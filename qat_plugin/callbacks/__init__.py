@@ -1,0 +1,8 @@
+"""The Lightning face: thin hooks over the rooms above."""
+
+from qat_plugin.callbacks.mixed_precision import MixedPrecision
+from qat_plugin.callbacks.qat import QuantizationAwareTraining
+from qat_plugin.callbacks.resume import ExactResume
+from qat_plugin.callbacks.schedule import Schedule
+
+__all__ = ["ExactResume", "MixedPrecision", "QuantizationAwareTraining", "Schedule"]

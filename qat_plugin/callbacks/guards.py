@@ -1,0 +1,41 @@
+"""Combinations that cannot work, refused before training."""
+
+from __future__ import annotations
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+
+from qat_plugin.errors import ConfigError
+
+_SHARDING = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+
+
+def check_strategy(trainer: L.Trainer) -> None:
+    """Raise for strategies that shard parameters before a callback could extend the layers.
+
+    Raises:
+        ConfigError: naming the strategy and the way that works.
+    """
+    names = [base.__name__ for base in type(trainer.strategy).__mro__]
+    if name := next((name for name in _SHARDING if name in names), None):
+        raise ConfigError(
+            f"{name} shards parameters while the module is configured, before a callback can prepare it. Call "
+            "qat_plugin.prepare(self, policy) at the start of your configure_model, before sharding, and convert() the "
+            "consolidated checkpoint"
+        )
+
+
+def check_other_callbacks(trainer: L.Trainer, callback: Callback) -> None:
+    """Raise when a callback that copies the module is listed before ``callback``: its copy would not be quantized.
+
+    Raises:
+        ConfigError: naming both callbacks.
+    """
+    for other in trainer.callbacks:  # type: ignore[attr-defined]
+        if other is callback:
+            return
+        if isinstance(other, (WeightAveraging, StochasticWeightAveraging)):
+            raise ConfigError(
+                f"{type(other).__name__} copies the module when it is set up: list {type(callback).__name__} before it, "
+                "so that the copy is prepared too"
+            )

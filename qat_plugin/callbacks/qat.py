@@ -1,0 +1,283 @@
+"""Quantization-aware training as one callback on an unmodified Lightning script."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from qat_plugin.callbacks.guards import check_other_callbacks, check_strategy
+from qat_plugin.callbacks.resume import ExactResume
+from qat_plugin.callbacks.schedule import Schedule, Steps
+from qat_plugin.convert import convert, is_converted, proof_of, reload_float
+from qat_plugin.errors import CheckpointError, ConfigError
+from qat_plugin.policy import Plan, Policy, PolicyLike
+from qat_plugin.qat import (
+    Phase,
+    capture_inputs,
+    get_phase,
+    is_prepared,
+    load_quantizer_state,
+    plan_of,
+    prepare,
+    quantizer_state,
+    set_phase,
+)
+
+Weights = Literal["last", "best"]
+_DTYPES: Final[dict[str, torch.dtype]] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class QuantizationAwareTraining(Callback):
+    """Train with fake quantization, and end with real integer kernels.
+
+    The module needs no change: its layers may come from ``__init__``, ``setup`` or ``configure_model``. Checkpoints
+    stay float and load without this package; scales, phase and observers travel in the callback's own state, with what
+    it takes to resume to the bit (:class:`~qat_plugin.callbacks.ExactResume`).
+
+    Args:
+        policy: a scheme, a mapping of rules, a :class:`~qat_plugin.policy.Policy` or a ready Plan.
+        start: when fake quantization starts: an optimizer step (int) or a fraction of training (float).
+        freeze: when scales stop moving, likewise; ``None`` for never.
+        convert: convert to integer kernels when the fit ends.
+        weights: convert the ``"last"`` weights, or those of the ``"best"`` checkpoint of a ``ModelCheckpoint``.
+        learn_scales: learn the scales (LSQ).
+        dtype: the float type that the converted model runs in (``"bf16"`` for the fast INT4 kernels on CPU); by
+            default the module's own.
+        exact_resume: save generators and data position, so that a resumed run continues to the bit.
+
+    Raises:
+        ConfigError: for an argument that is not allowed; at the start of a fit, for a schedule that ends after
+            training, a strategy that shards before this callback, or callbacks in an order that cannot work.
+        PolicyError: when the policy does not fit the module.
+
+    Example::
+
+        Trainer(callbacks=[QuantizationAwareTraining("w4a8-g32", start=0.1)]).fit(module, data)
+    """
+
+    def __init__(
+        self,
+        policy: PolicyLike | Plan = "w4a8-g32",
+        *,
+        start: int | float = 0,
+        freeze: int | float | None = None,
+        convert: bool = True,
+        weights: Weights = "last",
+        learn_scales: bool = False,
+        dtype: Literal["fp32", "bf16", "fp16"] | None = None,
+        exact_resume: bool = True,
+    ) -> None:
+        super().__init__()
+        if weights not in get_args(Weights):
+            raise ConfigError(f"weights={weights!r} is not one of {', '.join(get_args(Weights))}")
+        if dtype is not None and dtype not in _DTYPES:
+            raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(_DTYPES)}")
+        self._policy = policy if isinstance(policy, Plan) else Policy.coerce(policy)
+        self._schedule = Schedule(start, freeze)
+        self._convert, self._weights, self._learn_scales = convert, weights, learn_scales
+        self._dtype = None if dtype is None else _DTYPES[dtype]
+        self._resume = ExactResume() if exact_resume else None
+        self._steps: Steps | None = None
+        self._module: L.LightningModule | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._capture: AbstractContextManager[dict[str, Tensor]] | None = None
+        self._inputs: dict[str, Tensor] = {}
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(policy=str(self._policy.summary() if isinstance(self._policy, Plan) else self._policy))
+
+    def phase_at(self, trainer: L.Trainer, steps: Steps) -> Phase:
+        """The phase that training should be in now; override it for a schedule of your own.
+
+        A pure function of the trainer's state, or a resumed run will not be where it was.
+        """
+        return steps.phase(trainer.global_step)
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._module = pl_module
+        if stage != "fit":
+            return
+        self._check_fit(trainer, pl_module)
+        if not is_prepared(pl_module):
+            _after_configure_model(pl_module, lambda: self._prepare(trainer, pl_module))
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._steps = self._schedule.resolve(_total_steps(trainer), observe=_observes(pl_module))
+        self._follow_schedule(trainer, pl_module)
+        if self._resume is not None:
+            self._resume.on_train_start(trainer, pl_module)
+
+    @override
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._resume is not None:
+            self._resume.on_train_epoch_start(trainer, pl_module)
+
+    @override
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        self._follow_schedule(trainer, pl_module)
+        if not self._inputs and get_phase(pl_module) in (Phase.FAKE_QUANTIZED, Phase.FROZEN):
+            self._capture = capture_inputs(pl_module)
+            self._inputs = self._capture.__enter__()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._stop_capture()
+        if self._resume is not None:
+            self._resume.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if is_prepared(pl_module) and trainer.state.fn == "fit":
+            self._follow_schedule(trainer, pl_module)
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._stop_capture()
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._convert or not is_prepared(pl_module):
+            return
+        if self._weights == "best":
+            self._load_best(trainer, pl_module)
+        if get_phase(pl_module) in (Phase.FLOAT, Phase.OBSERVING):
+            rank_zero_warn("fake quantization never ran on these weights: converting them is post-training quantization")
+        convert(pl_module, inputs=self._inputs, dtype=self._dtype)
+        rank_zero_info(f"QuantizationAwareTraining: {proof_of(pl_module)}")
+
+    @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._stop_capture()
+        self._inputs = {}
+        if self._resume is not None:
+            self._resume.teardown(trainer, pl_module, stage)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self._module is None or not is_prepared(self._module):
+            return {} if self._loaded is None else self._loaded
+        resume = {} if self._resume is None else self._resume.state_dict()
+        return {"quantizers": quantizer_state(self._module), "resume": resume}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded = state_dict
+        if self._resume is not None:
+            self._resume.load_state_dict(state_dict.get("resume", {}))
+        if self._module is None or is_converted(self._module) or "quantizers" not in state_dict:
+            return
+        if not is_prepared(self._module):  # a checkpoint evaluated in a new process sees what it was trained with
+            prepare(self._module, Plan.from_list(state_dict["quantizers"]["plan"]), learn_scales=self._learn_scales)
+        load_quantizer_state(self._module, state_dict["quantizers"])
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """A float checkpoint into a converted module: with the scales of that checkpoint (Lightning #12896)."""
+        state = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("quantizers")
+        if is_converted(pl_module) and state is not None:
+            reload_float(pl_module, checkpoint["state_dict"], state)
+
+    def _check_fit(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if is_converted(pl_module):
+            raise ConfigError(
+                f"{type(pl_module).__name__} was converted to integers by an earlier fit and cannot be trained on. Build a "
+                "fresh module and resume it from a checkpoint (ckpt_path=...), or pass convert=False to the earlier fit"
+            )
+        check_strategy(trainer)
+        check_other_callbacks(trainer, self)
+        if self._weights == "best":
+            _best_checkpoint_callback(trainer)
+
+    def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        plan = self._policy if isinstance(self._policy, Plan) else self._policy.plan(
+            pl_module, device=trainer.strategy.root_device, dtype=self._dtype
+        )
+        phase = Phase.FAKE_QUANTIZED if self._schedule.start == 0 else Phase.FLOAT
+        prepare(pl_module, plan, learn_scales=self._learn_scales, phase=phase)
+        rank_zero_info(f"QuantizationAwareTraining: {plan.summary()}")
+
+    def _follow_schedule(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._steps is None:
+            return  # the sanity check before the first step: prepared in the phase of step 0
+        phase, before = self.phase_at(trainer, self._steps), get_phase(pl_module)
+        if phase is before:
+            return
+        set_phase(pl_module, phase)
+        rank_zero_info(f"QuantizationAwareTraining: step {trainer.global_step}: {before.value} -> {phase.value}")
+
+    def _stop_capture(self) -> None:
+        if self._capture is not None:
+            self._capture.__exit__(None, None, None)
+            self._capture = None
+
+    def _load_best(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        path = _best_checkpoint_callback(trainer).best_model_path
+        if not path:
+            raise CheckpointError("weights='best': ModelCheckpoint saved nothing; did validation run?")
+        checkpoint: Mapping[str, Any] = torch.load(Path(path), map_location="cpu", weights_only=True)
+        pl_module.load_state_dict(checkpoint["state_dict"])
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if state is None:
+            raise CheckpointError(f"weights='best': {path} holds no state of this callback (save_weights_only=True?)")
+        load_quantizer_state(pl_module, state["quantizers"])
+        rank_zero_info(f"QuantizationAwareTraining: converting the best checkpoint, {path}")
+
+
+def _after_configure_model(pl_module: L.LightningModule, then: Callable[[], None]) -> None:
+    """Call ``then`` once, right after the module's ``configure_model``: the last moment before weights are restored,
+    the optimizer is built and the module is moved. Lightning has no hook there."""
+    own = pl_module.configure_model
+    wrapped_before = "configure_model" in pl_module.__dict__
+
+    def configure_model() -> None:
+        if wrapped_before:
+            pl_module.__dict__["configure_model"] = own
+        else:
+            pl_module.__dict__.pop("configure_model", None)
+        own()
+        then()
+
+    pl_module.__dict__["configure_model"] = configure_model
+
+
+def _total_steps(trainer: L.Trainer) -> float:
+    """Optimizer steps of the whole run, in the unit of ``trainer.global_step`` (summed over optimizers)."""
+    if trainer.max_steps >= 0 and trainer.max_epochs in (None, -1):
+        return trainer.max_steps
+    total = trainer.estimated_stepping_batches
+    if trainer.max_steps >= 0:
+        return min(total, trainer.max_steps)
+    return total * max(1, len(trainer.optimizers)) if not trainer.lightning_module.automatic_optimization else total
+
+
+def _observes(pl_module: L.LightningModule) -> bool:
+    return any(layer.scheme is not None and layer.scheme.static for layer in plan_of(pl_module))
+
+
+def _best_checkpoint_callback(trainer: L.Trainer) -> ModelCheckpoint:
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+            if callback.save_weights_only:
+                raise ConfigError(
+                    "weights='best' needs the scales that were in force, and ModelCheckpoint(save_weights_only=True) does "
+                    "not save them: pass save_weights_only=False"
+                )
+            return callback
+    raise ConfigError("weights='best' needs a ModelCheckpoint(monitor=...) among the Trainer's callbacks")
