@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from qat_plugin.convert import convert, is_converted, proof_of
+from qat_plugin.conversion import convert, is_converted, proof_of
 from qat_plugin.errors import ConfigError
 from qat_plugin.policy import Policy, PolicyLike
 

@@ -17,7 +17,7 @@ from typing_extensions import override
 from qat_plugin.callbacks.guards import check_other_callbacks, check_strategy
 from qat_plugin.callbacks.resume import ExactResume
 from qat_plugin.callbacks.schedule import Schedule, Steps
-from qat_plugin.convert import convert, is_converted, proof_of, reload_float
+from qat_plugin.conversion import convert, is_converted, proof_of, reload_float
 from qat_plugin.errors import CheckpointError, ConfigError
 from qat_plugin.policy import Plan, Policy, PolicyLike
 from qat_plugin.qat import (

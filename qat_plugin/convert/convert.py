@@ -6,7 +6,6 @@ its dequantized weight equals the fake-quantized one exactly, and its output lie
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,20 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat_plugin.convert.proof import LayerProof, Proof, relative_error
-from qat_plugin.convert.reload import requantize_on_load
-from qat_plugin.errors import ConversionError, PrepareError
+from qat_plugin.convert.frozen import refuse_training
+from qat_plugin.convert.layer import LayerConversion, cast_parameters, converted_weight, sharing_keys
+from qat_plugin.convert.proof import Proof
+from qat_plugin.errors import ConversionError, did_you_mean
 from qat_plugin.kernels import LayerSpec, choose, kernel_named
-from qat_plugin.kernels.table import ROUNDING
-from qat_plugin.kernels.weight import CastWeight, QuantizedWeight, is_converted_weight
+from qat_plugin.kernels.weight import QuantizedWeight, is_converted_weight
 from qat_plugin.policy import Plan, PolicyLike, plan_for
-from qat_plugin.qat import LayerQuantizer, Phase, is_prepared, plan_of, prepare, prepared_layers, set_phase, unprepare
-from qat_plugin.qat.layers import ATTRIBUTE, restore
-from qat_plugin.qat.prepare import check_finite
-from qat_plugin.scheme import Scheme
-
-logger = logging.getLogger(__name__)
-_RANDOM_ROWS = 16
+from qat_plugin.qat import (
+    LayerQuantizer,
+    Phase,
+    get_phase,
+    is_prepared,
+    plan_of,
+    prepare,
+    prepared_layers,
+    set_phase,
+    unprepare,
+)
+from qat_plugin.qat.checks import check_finite
+from qat_plugin.qat.layers import ATTRIBUTE, current_weight
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ def convert(
 
     A prepared model is converted with the scales training ended with; any other model is quantized by rounding to
     nearest with min-max scales. The result is for inference: its parameters no longer require gradients, and a backward
-    pass through an integer layer raises.
+    pass raises.
 
     Args:
         model: any module, prepared or not.
@@ -64,7 +69,7 @@ def convert(
 
     Raises:
         ConversionError: when the model is already converted, when a layer has no kernel here, or when a layer fails its
-            proof (that layer stays as it was; the ones before it are converted).
+            proof; the model is then what it was.
         PrepareError: for NaN weights, or a static scheme without calibration.
 
     Example::
@@ -80,20 +85,29 @@ def convert(
         if plan is None:
             raise ConversionError("convert(model) needs a plan or a policy for a model that was not prepared")
         prepare(model, plan)
+    phase, agreed = get_phase(model), plan_of(model)
+    done: list[LayerConversion] = []
+    casts: dict[int, nn.Parameter] = {}
     try:
         if not fresh and plan is not None:
             _check_same_plan(model, plan)
         layers = _ready(model, dtype)
-    except Exception:
+        with torch.inference_mode(False):  # what is made here outlives it
+            proof = _convert_layers(layers, _checked(inputs or {}, layers), dtype, done, casts)
+    except BaseException:
+        for conversion in reversed(done):
+            conversion.take_back()
         if fresh:
             unprepare(model)
+        elif get_phase(model) is not phase:
+            set_phase(model, phase)
         raise
-    agreed = plan_of(model)
-    proof = _convert_layers(layers, dict(inputs or {}), dtype)
     model.requires_grad_(False)
+    refuse_training(next(iter(layers.values())))
     if dtype is not None:
-        _cast_parameters(model, dtype)
-    model._qat_conversion = Conversion(_with_kernels(agreed, layers, dtype), proof)  # type: ignore[assignment]
+        cast_parameters(model, dtype, casts)
+        _cast_buffers(model, dtype)
+    model._qat_conversion = Conversion(_with_kernels(agreed, layers), proof)  # type: ignore[assignment]
     return model
 
 
@@ -143,8 +157,12 @@ def _ready(model: nn.Module, dtype: torch.dtype | None) -> dict[str, nn.Module]:
     layers = prepared_layers(model)
     for name, layer in layers.items():
         quantizer: LayerQuantizer = getattr(layer, ATTRIBUTE)
-        weight = layer._parameters["weight"]
-        assert weight is not None
+        weight = layer._parameters.get("weight")
+        if weight is None:
+            raise ConversionError(
+                f"{name}: its weight is computed by pruning or a parametrization; make that permanent first "
+                "(torch.nn.utils.prune.remove)"
+            )
         if weight.device.type == "meta":
             raise ConversionError(f"{name} is on the meta device: load its weights before converting")
         check_finite(name, weight)
@@ -166,98 +184,51 @@ def _spec(quantizer: LayerQuantizer, weight: Tensor, dtype: torch.dtype | None) 
     return LayerSpec(quantizer.scheme, rows, columns, weight.device, dtype or weight.dtype, usage)
 
 
-def _convert_layers(layers: Mapping[str, nn.Module], inputs: dict[str, Tensor], dtype: torch.dtype | None) -> Proof:
-    """Convert and prove each layer; layers tied in one format go on sharing one Parameter."""
-    shared: dict[tuple[int, Scheme], nn.Parameter] = {}
-    followed = {getattr(layer, ATTRIBUTE).layer.tied_to: name for name, layer in layers.items()}
-    tied = {name for pair in followed.items() if pair[0] is not None for name in pair}
-    originals = [layers[name]._parameters["weight"] for name in tied if name in layers]  # keeps their ids unique
-    proofs = [
-        _convert_layer(layer, inputs.get(name), dtype, shared if name in tied else {}) for name, layer in layers.items()
-    ]
-    del originals
+def _checked(inputs: Mapping[str, Tensor], layers: Mapping[str, nn.Module]) -> Mapping[str, Tensor]:
+    if unknown := sorted(inputs.keys() - layers.keys()):
+        raise ConversionError(
+            f"inputs were given for {', '.join(unknown[:5])}, which the plan does not convert."
+            f"{did_you_mean(unknown[0], layers)}"
+        )
+    return inputs
+
+
+def _convert_layers(
+    layers: Mapping[str, nn.Module],
+    inputs: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    done: list[LayerConversion],
+    casts: dict[int, nn.Parameter],
+) -> Proof:
+    """Convert and prove each layer; layers tied in one format go on sharing one Parameter.
+
+    Args:
+        layers, inputs, dtype: what to convert, on what to prove it, the float type to run in.
+        done: collects the layers begun, for taking them back.
+        casts: collects the float parameters cast.
+    """
+    keys = sharing_keys(layers)
+    multiplying = {keys[name]: name for name in reversed(list(layers)) if not isinstance(layers[name], nn.Embedding)}
+    made: dict[tuple[object, ...], nn.Parameter] = {}
+    proofs = []
+    for name, layer in layers.items():
+        done.append(LayerConversion(layer, dtype or current_weight(layer).dtype))
+        if keys[name] not in made:  # an embedding takes the scheme of the layer that multiplies by the same weight
+            source: LayerQuantizer = getattr(layers[multiplying.get(keys[name], name)], ATTRIBUTE)
+            made[keys[name]] = converted_weight(source, done[-1].weight, done[-1].dtype)
+        proofs.append(done[-1].run(inputs.get(name), made[keys[name]], casts))
     return Proof(tuple(proofs))
 
 
-@torch.no_grad()
-def _convert_layer(
-    layer: nn.Module, rows: Tensor | None, dtype: torch.dtype | None, shared: dict[tuple[int, Scheme], nn.Parameter]
-) -> LayerProof:
-    quantizer: LayerQuantizer = getattr(layer, ATTRIBUTE)
-    weight = layer._parameters["weight"]
-    assert weight is not None
-    x = _random_input(layer, quantizer, weight) if rows is None else rows.to(weight.device)
-    if x.is_floating_point():
-        x = x.to(weight.dtype)
-    training = layer.training
-    layer.eval()
-    reference, expected = layer(x), quantizer.rows(quantizer.fake_weight(quantizer.rows(weight)))
-    key = (id(weight), quantizer.scheme.weight_format)
-    if key not in shared:
-        shared[key] = nn.Parameter(_converted_weight(quantizer, weight), requires_grad=False)
-    converted = shared[key]
-    restore(layer)
-    layer._parameters["weight"] = converted
-    try:
-        difference = (converted.dequantize() - expected).abs().max().item() if expected.numel() else 0.0
-        kernel = getattr(converted, "kernel_name", "cast")
-        tolerance = (
-            ROUNDING.get(weight.dtype, 1e-2) if kernel == "cast" else kernel_named(kernel).tolerance(weight.dtype)
-        )
-        error = relative_error(layer(x), reference)
-        name, scheme = quantizer.layer.name, str(quantizer.scheme)
-        proof = LayerProof(
-            name, scheme, kernel, difference, error, tolerance, "random" if rows is None else "real"
-        ).check()
-        if dtype is not None and dtype != weight.dtype:
-            layer._parameters["weight"] = shared[key] = nn.Parameter(converted.to(dtype), requires_grad=False)
-    except Exception as failure:
-        layer._parameters["weight"] = weight
-        from qat_plugin.qat.layers import extend
-
-        extend(layer, quantizer)
-        if isinstance(failure, (ConversionError, PrepareError)):
-            raise
-        raise ConversionError(
-            f"{quantizer.layer.name} ({type(layer).__name__}): its forward does something with the weight that has no "
-            f"integer form ({type(failure).__name__}: {failure}). Keep this layer in the policy"
-        ) from failure
-    finally:
-        layer.train(training)
-    layer.register_load_state_dict_pre_hook(requantize_on_load)
-    return proof
-
-
-def _converted_weight(quantizer: LayerQuantizer, weight: Tensor) -> Tensor:
-    if quantizer.scheme.is_float:
-        return CastWeight(weight.detach().to(quantizer.scheme.float_dtype), weight.dtype)
-    return QuantizedWeight.from_integers(
-        quantizer.integers(weight.detach()),
-        weight.dtype,
-        transposed=quantizer.transposed,
-        usage=quantizer.layer.usage,  # type: ignore[arg-type]
-        activation_scale=quantizer.activation_scale(),
-    )
-
-
-def _random_input(layer: nn.Module, quantizer: LayerQuantizer, weight: Tensor) -> Tensor:
-    """Rows from a generator of its own: conversion leaves the global random state alone."""
-    generator = torch.Generator().manual_seed(0)
-    count, features = quantizer.rows(weight).shape
-    if isinstance(layer, nn.Embedding):
-        return torch.randint(count, (_RANDOM_ROWS,), generator=generator).to(weight.device)
-    return torch.randn(_RANDOM_ROWS, features, generator=generator).to(weight.device, weight.dtype)
-
-
-def _cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the parameters that stay float; buffers keep their type (rotary frequencies need theirs)."""
+def _cast_buffers(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the buffers that a state_dict holds (batch statistics); others (rotary frequencies) keep their type."""
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_floating_point() and parameter.dtype != dtype:
-                module._parameters[name] = nn.Parameter(parameter.to(dtype), requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                module._buffers[name] = buffer.to(dtype)
 
 
-def _with_kernels(plan: Plan, layers: Mapping[str, nn.Module], dtype: torch.dtype | None) -> Plan:
+def _with_kernels(plan: Plan, layers: Mapping[str, nn.Module]) -> Plan:
     """The plan with the kernels that run now."""
     entries = []
     for entry in plan:

@@ -4,11 +4,13 @@ An integer weight ``X`` is stored as ``X.q`` (rows packed to their bits), ``X.sc
 them
 ``X.zero_point`` (uint8) and ``X.activation_scale`` (float32): portable rows, whatever layout the kernel here uses. The
 header's ``qat_plugin`` entry holds, as JSON, the scheme, shape, type, orientation and use of each, which names are
-tied, the plan and the proof. ``plan.json`` beside it repeats the plan for readers.
+tied, the plan, the proof and a SHA-256 of the tensors; ``qat_plugin_sha256`` is that of this entry. ``plan.json``
+beside it repeats the plan for readers.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -20,13 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from qat_plugin.convert.convert import Conversion, conversion_of, is_converted
+from qat_plugin.convert.frozen import refuse_training
 from qat_plugin.convert.proof import Proof
+from qat_plugin.convert.reload import requantize_on_load
 from qat_plugin.errors import CheckpointError, ConversionError, did_you_mean
 from qat_plugin.kernels.packing import pack, packed_columns, unpack
 from qat_plugin.kernels.portable import SCALE_DTYPE
-from qat_plugin.kernels.weight import CastWeight, QuantizedWeight
+from qat_plugin.kernels.weight import CastWeight, QuantizedWeight, is_converted_weight
 from qat_plugin.numerics import Quantized
 from qat_plugin.policy import Plan
+from qat_plugin.qat import is_prepared
 from qat_plugin.scheme import Scheme
 
 FORMAT_VERSION = 1
@@ -48,20 +53,38 @@ def save_converted(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         ConversionError: when the model is not converted.
         CheckpointError: when the directory cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     conversion, folder = conversion_of(model), Path(directory)
     tensors, header = _flatten(model)
     header |= {"plan": conversion.plan.to_list(), "model": conversion.plan.model, "proof": conversion.proof.to_list()}
+    text = json.dumps(header | {"sha256": _digest(tensors)})
+    metadata = {"format": "pt", "qat_plugin": text, "qat_plugin_sha256": _sha256(text)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _replacing(folder / WEIGHTS) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt", "qat_plugin": json.dumps(header)})
+            save_file(tensors, temporary, metadata=metadata)
         with _replacing(folder / PLAN) as temporary:
             Path(temporary).write_text(json.dumps(header["plan"], indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"cannot save the converted model in {folder}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"cannot save the converted model in {folder}: {reason}") from error
     return folder
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 class _replacing:
@@ -100,6 +123,10 @@ def _flatten(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         leader = first.get(id(parameters.get(name)), name)
         if leader != name:
             ties[name] = leader
+        elif not isinstance(tensor, Tensor):
+            raise ConversionError(
+                f"{name} of the model's state is a {type(tensor).__name__}: only tensors can be saved"
+            )
         elif isinstance(tensor, QuantizedWeight):
             entries[name] = _entry(tensor)
             tensors |= {f"{name}.{part}": value for part, value in _parts(tensor).items()}
@@ -144,14 +171,16 @@ def load_converted(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Mo
         directory: a folder that :func:`save_converted` wrote.
 
     Returns:
-        ``model``, converted, on the CPU and in eval mode or not as it was.
+        ``model``, converted, where it was (the CPU for the meta device) and in eval mode or not as it was.
 
     Raises:
-        ConversionError: when the model is already converted.
+        ConversionError: when the model is already converted, or prepared.
         CheckpointError: when the file is missing, truncated, corrupt, or of another model; nothing is changed then.
     """
     if is_converted(model):
         raise ConversionError(f"{type(model).__name__} is already converted: load into a fresh float model")
+    if is_prepared(model):
+        raise ConversionError(f"{type(model).__name__} is prepared for training: call unprepare(model) before loading")
     path = Path(directory) / WEIGHTS
     tensors, header = _read(path)
     try:
@@ -164,7 +193,8 @@ def load_converted(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Mo
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     _check_fits(model, weights, ties, path)
-    _install(model, weights, ties)
+    _check_buffers(model, weights, path)
+    refuse_training(_install(model, weights, ties))
     model._qat_conversion = conversion  # type: ignore[assignment]
     return model
 
@@ -176,14 +206,20 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"there is no converted model at {path}; save_converted(model, directory) writes one")
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("qat_plugin", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+            metadata = file.metadata() or {}
+            # clones are aligned as kernels need them; what the file maps is not, and changes when the file does
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (not a dict)
     except (SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or corrupt ({error})") from error
-    if not isinstance(header, dict):
+    if "qat_plugin" not in metadata:
         raise CheckpointError(f"{path} is a safetensors file, but not a converted model of this package")
+    if metadata.get("qat_plugin_sha256") != _sha256(metadata["qat_plugin"]):
+        raise CheckpointError(f"{path} is corrupt: its header does not match its checksum")
+    header: dict[str, Any] = json.loads(metadata["qat_plugin"])
     if header.get("version") != FORMAT_VERSION:
         raise CheckpointError(f"{path} has format {header.get('version')!r}; this package reads {FORMAT_VERSION}")
+    if header["sha256"] != _digest(tensors):
+        raise CheckpointError(f"{path} is corrupt: its tensors do not match their checksum")
     return tensors, header
 
 
@@ -231,19 +267,34 @@ def _check_fits(model: nn.Module, weights: Mapping[str, Tensor], ties: Mapping[s
             )
 
 
-def _install(model: nn.Module, weights: Mapping[str, Tensor], ties: Mapping[str, str]) -> None:
-    from qat_plugin.convert.reload import requantize_on_load
+def _check_buffers(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Raise when a buffer that no state_dict holds would stay without storage."""
+    lost = [name for name, buffer in model.named_buffers() if buffer.device.type == "meta" and name not in weights]
+    if lost:
+        raise CheckpointError(
+            f"{path} does not hold {', '.join(lost[:5])}, which are non-persistent buffers on the meta device: build "
+            "the model with real buffers and only its parameters on the meta device"
+        )
 
+
+def _install(model: nn.Module, weights: Mapping[str, Tensor], ties: Mapping[str, str]) -> nn.Module:
+    """Put the weights in place; the first module that now holds a converted one."""
     made: dict[str, nn.Parameter] = {}
     for name in [*weights, *ties]:
         leader = ties.get(name, name)
         module_path, _, leaf = name.rpartition(".")
         module = model.get_submodule(module_path)
         if leaf in module._buffers:
-            module._buffers[leaf] = weights[leader]
+            module._buffers[leaf] = _beside(module._buffers[leaf], weights[leader])
             continue
         if leader not in made:
-            made[leader] = nn.Parameter(weights[leader], requires_grad=False)
+            made[leader] = nn.Parameter(_beside(module._parameters[leaf], weights[leader]), requires_grad=False)
         module._parameters[leaf] = made[leader]
         if isinstance(weights[leader], (QuantizedWeight, CastWeight)):
             module.register_load_state_dict_pre_hook(requantize_on_load)
+    return next(m for m in model.modules() if is_converted_weight(m._parameters.get("weight")))
+
+
+def _beside(present: Tensor | None, loaded: Tensor) -> Tensor:
+    """The loaded tensor on the device of the one it takes the place of."""
+    return loaded if present is None or present.device.type == "meta" else loaded.to(present.device)

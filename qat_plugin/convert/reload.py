@@ -6,7 +6,6 @@ quantizes the float weight that arrives, instead of failing on it or turning flo
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 from qat_plugin.errors import CheckpointError, ConversionError
 from qat_plugin.kernels.weight import CastWeight, QuantizedWeight, is_converted_weight
 from qat_plugin.numerics import learned_scale, quantize, round_to_nearest
-from qat_plugin.policy import candidates
-
-logger = logging.getLogger(__name__)
+from qat_plugin.observers import scale_of
+from qat_plugin.policy import Candidate, candidates
+from qat_plugin.scheme import Scheme
 
 
 def requantize_on_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -54,8 +53,6 @@ def like(current: Tensor, weight: Tensor, state: Mapping[str, Tensor]) -> Tensor
         integers = round_to_nearest(rows, scheme)
     activation_scale = current.activation_scale
     if "absmax" in state and activation_scale is not None:
-        from qat_plugin.observers import scale_of
-
         activation_scale = scale_of(state["absmax"]).to(activation_scale.device)
     return QuantizedWeight.from_integers(
         integers,
@@ -84,19 +81,21 @@ def reload_float(
 
     Raises:
         ConversionError: when the model is not converted.
-        CheckpointError: when names or shapes do not match; nothing is changed then.
+        CheckpointError: when names, shapes or schemes do not match; nothing is changed then.
     """
     layers = {c.name: c for c in candidates(model) if is_converted_weight(c.module._parameters.get("weight"))}
     if not layers:
         raise ConversionError(f"{type(model).__name__} is not converted: use load_state_dict")
     own = model.state_dict()
-    wrong = sorted(own.keys() ^ state_dict.keys()) or [k for k, v in own.items() if v.shape != state_dict[k].shape]
+    wrong = sorted(own.keys() ^ state_dict.keys()) or [
+        name for name, value in own.items() if _shape(value) != _shape(state_dict[name])
+    ]
     if wrong:
         raise CheckpointError(
             f"the state_dict does not fit {type(model).__name__}: {', '.join(wrong[:5])} missing, unknown or "
             "of another shape"
         )
-    states = {} if quantizer_state is None else quantizer_state["layers"]
+    states = _states(quantizer_state, layers)
     merged: dict[str, Tensor] = dict(state_dict)
     for name, candidate in layers.items():
         key = f"{candidate.path}.weight" if candidate.path else "weight"
@@ -105,3 +104,32 @@ def reload_float(
         if not is_converted_weight(merged[key]):
             merged[key] = like(current, merged[key], states.get(name, {}))
     model.load_state_dict(merged)
+
+
+def _shape(value: object) -> tuple[int, ...] | None:
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def _states(state: Mapping[str, Any] | None, layers: Mapping[str, Candidate]) -> dict[str, dict[str, Tensor]]:
+    """Each layer's entry of a quantizer state that fits the converted layers."""
+    if state is None:
+        return {}
+    try:
+        entries = {name: dict(state["layers"][name]) for name in layers}
+        schemes = {entry["name"]: entry["scheme"] for entry in state["plan"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the quantizer state is not one of this model ({type(error).__name__}: {error})"
+        ) from error
+    for name, candidate in layers.items():
+        weight = candidate.module._parameters["weight"]
+        if not isinstance(weight, QuantizedWeight):
+            continue
+        if Scheme.parse(schemes[name] or "fp32").weight_format != weight.scheme.weight_format:
+            raise CheckpointError(f"{name} is {weight.scheme} here, {schemes[name]} in the quantizer state")
+        here = tuple(weight.integers().scale.shape)
+        for key in ("scale", "frozen_scale"):
+            there = _shape(entries[name].get(key))
+            if there not in (None, here):
+                raise CheckpointError(f"{name}: the quantizer state's {key} has shape {there}, not {here}")
+    return entries

@@ -1,20 +1,18 @@
 """Fake quantization in place: weights keep their names and Parameter objects, phases are state."""
 
 from qat_plugin.qat.prepare import (
-    calibrating,
-    capture_inputs,
     get_phase,
     is_prepared,
-    load_quantizer_state,
     plan_of,
     prepare,
     prepared_layers,
-    quantizer_state,
     quantizers,
     set_phase,
     unprepare,
 )
 from qat_plugin.qat.quantizer import LayerQuantizer, Phase
+from qat_plugin.qat.state import load_quantizer_state, quantizer_state
+from qat_plugin.qat.watching import calibrating, capture_inputs
 
 __all__ = [
     "LayerQuantizer",

@@ -10,9 +10,12 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from qat_plugin.errors import PrepareError
 from qat_plugin.policy.roles import is_conv1d
 from qat_plugin.qat.quantizer import LayerQuantizer
 
@@ -26,7 +29,10 @@ class FakeQuantized:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle by the user's own class: ours is made at run time."""
-        return _rebuild, (base_class(self),), self.__dict__
+        state = (
+            self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        )  # compiled layers drop their code
+        return _rebuild, (base_class(self),), state
 
 
 class _Linear(FakeQuantized):
@@ -65,48 +71,67 @@ class _Embedding(FakeQuantized):
             return F.embedding(input, self.weight, *options)
         if quantizer.rows_stand_alone:
             rows = F.embedding(input, self.weight, *options)
-            return quantizer.fake_weight(rows.flatten(0, -2)).reshape(rows.shape)
+            return quantizer.fake_weight(rows.reshape(-1, rows.shape[-1])).reshape(rows.shape)
         return F.embedding(input, quantizer.fake_weight(self.weight), *options)
 
 
 class _OwnForward(FakeQuantized):
-    """A subclass with a forward of its own."""
+    """A subclass with a forward of its own, which finds the fake-quantized weight in ``self.weight``."""
 
-    _parameters: dict[str, Tensor]
-
-    @property
-    def weight(self) -> Tensor:
-        fake = self.__dict__.get("_fake_weight")
-        return self._parameters["weight"] if fake is None else fake
+    weight: Tensor
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        quantizer, weight = self.fake_quantizer, self._parameters["weight"]
-        args, kwargs = _with_first_tensor(quantizer, args, kwargs)
-        if not quantizer.active:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        fake = quantizer.fake_weight(quantizer.rows(weight))
-        self.__dict__["_fake_weight"] = quantizer.rows(fake)
+        quantizer, own = self.fake_quantizer, self.__dict__.get("weight")  # a pruned layer's weight is an attribute
+        weight = self.weight
+        if quantizer.active:
+            self.__dict__["weight"] = weight = quantizer.rows(quantizer.fake_weight(quantizer.rows(weight)))
         try:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            if self.weight is not weight:
+                raise PrepareError(f"{quantizer.layer.name}: a parametrization was put on its weight after prepare()")
+            return self._with_input(weight, args, kwargs)
         finally:
-            del self.__dict__["_fake_weight"]
+            if quantizer.active:
+                del self.__dict__["weight"]
+                if own is not None:
+                    self.__dict__["weight"] = own
+
+    def _with_input(self, weight: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the forward; INT8 activations are rounded where they meet the weight, as the kernel will."""
+        if not self.fake_quantizer.scheme.quantizes_activations:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        with _AtTheProduct(self.fake_quantizer, weight) as product:
+            result = super().forward(*args, **kwargs)  # type: ignore[misc]
+        if product.seen:
+            return result
+        layer = self.fake_quantizer.layer
+        raise PrepareError(
+            f"{layer.name} ({base_class(self).__name__}): its forward does not call F.linear(x, self.weight), so that "
+            f"{layer.scheme} cannot round its activations. Keep this layer or give it a weight-only scheme"
+        )
 
 
-def _with_first_tensor(
-    quantizer: LayerQuantizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with the first floating-point tensor, the layer's input, fake-quantized."""
-    for i, value in enumerate(args):
-        if isinstance(value, Tensor):
-            return (*args[:i], quantizer.fake_input(value), *args[i + 1 :]), kwargs
-    for name, value in kwargs.items():
-        if isinstance(value, Tensor):
-            return args, {**kwargs, name: quantizer.fake_input(value)}
-    return args, kwargs
+class _AtTheProduct(TorchFunctionMode):
+    """Fake-quantizes what is multiplied by one weight, by F.linear or (Conv1D) torch.addmm."""
+
+    def __init__(self, quantizer: LayerQuantizer, weight: Tensor) -> None:
+        super().__init__()
+        self.quantizer, self.weight, self.seen = quantizer, weight, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Find the product among all calls inside."""
+        kwargs = dict(kwargs or {})
+        if func is F.linear or func is torch.addmm:
+            names = ("input", "weight") if func is F.linear else ("input", "mat1", "mat2")
+            call = {**dict(zip(names, args, strict=False)), **kwargs}
+            if call.get(names[-1]) is self.weight:
+                self.seen = True
+                call[names[-2]] = self.quantizer.fake_input(call[names[-2]])
+                return func(*[call.pop(name) for name in names], *args[len(names) :], **call)
+        return func(*args, **kwargs)
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The input among a layer's arguments, by the same rule."""
+    """The input among a layer's arguments: the first tensor."""
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
 
@@ -126,6 +151,11 @@ def fake_quantized_class(base: type[nn.Module]) -> type[nn.Module]:
     return type(f"FakeQuantized{base.__name__}", (_behaviour(base), base), {"__module__": __name__})
 
 
+def keeps_own_forward(layer: nn.Module) -> bool:
+    """Whether a prepared layer's class brings a forward that is not written out here."""
+    return isinstance(layer, _OwnForward)
+
+
 def base_class(layer: object) -> type[nn.Module]:
     """The user's class of a prepared layer."""
     return next(c for c in type(layer).__mro__ if issubclass(c, nn.Module) and not issubclass(c, FakeQuantized))
@@ -136,6 +166,12 @@ def extend(layer: nn.Module, quantizer: LayerQuantizer) -> None:
     layer.add_module(ATTRIBUTE, quantizer)
     quantizer.train(layer.training)
     layer.__class__ = fake_quantized_class(type(layer))  # type: ignore[arg-type]
+
+
+def current_weight(layer: nn.Module) -> Tensor:
+    """The layer's float weight: its Parameter, or what pruning computes in its place."""
+    weight = layer._parameters.get("weight")
+    return layer.weight if weight is None else weight  # type: ignore[return-value]
 
 
 def restore(layer: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ class LayerQuantizer(nn.Module):
         self.scheme: Scheme = layer.scheme
         self.phase = Phase.FLOAT
         self.observe_always = False
-        self.observer = AbsMaxObserver() if self.scheme.static else None
+        self.observer = _hidden(AbsMaxObserver()) if self.scheme.static else None
         for name in ("zero_point", "frozen_scale", "frozen_zero_point"):
             self.register_buffer(name, None, persistent=False)
         self.register_parameter("scale", None)
@@ -116,6 +116,11 @@ class LayerQuantizer(nn.Module):
 
     def fake_input(self, x: Tensor) -> Tensor:
         """The fake-quantized input of the layer; observes it where that is due."""
+        if x.is_nested:  # nn.TransformerEncoder packs padded batches in inference
+            sequences = x.unbind()
+            packed = self.fake_input(torch.cat(sequences))
+            parts = packed.split([len(sequence) for sequence in sequences])
+            return torch.nested.as_nested_tensor(list(parts), layout=x.layout)
         self.observe(x)
         if not self.scheme.quantizes_activations or not self.active or not x.is_floating_point():
             return x
@@ -124,10 +129,13 @@ class LayerQuantizer(nn.Module):
         return fake_quantize_activation(x, self.observer.scale()) if self.observer.has_data else x
 
     def observe(self, x: Tensor) -> None:
-        """Let a static scheme see the input: in training and before freezing only."""
+        """Let a static scheme see the input: in training and before freezing only.
+
+        Gradient checkpointing repeats the forward pass inside the backward pass: that one does not count.
+        """
         if self.observer is None or self.phase in (Phase.FLOAT, Phase.FROZEN):
             return
-        if self.training or self.observe_always:
+        if self.observe_always or (self.training and torch._C._current_graph_task_id() == -1):
             self.observer(x)
 
     def qparams(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -173,34 +181,50 @@ class LayerQuantizer(nn.Module):
             tensors |= {"absmax": self.observer.absmax, "batches": self.observer.batches}
         return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items() if tensor is not None}
 
-    def import_state(self, state: dict[str, Tensor], phase: Phase, device: torch.device) -> None:
-        """The inverse of :meth:`export_state`.
+    def check_state(self, state: Mapping[str, Tensor], phase: Phase) -> None:
+        """Raise unless :meth:`import_state` can take the state whole.
 
         Raises:
-            CheckpointError: when the state has scales this layer lacks, or of another shape.
+            CheckpointError: naming the layer, when a tensor is missing, unknown or of another shape.
         """
+        name = self.layer.name
         if ("scale" in state) != self.learns_scales:
             raise CheckpointError(
-                f"{self.layer.name}: the checkpoint was made with learn_scales={'scale' in state}, this model "
-                "is prepared "
-                f"with learn_scales={self.learns_scales}"
+                f"{name}: the checkpoint was made with learn_scales={'scale' in state}, this model is prepared with "
+                f"learn_scales={self.learns_scales}"
             )
+        due = {key for key in ("scale", "zero_point") if getattr(self, key) is not None}
+        due |= set() if self.observer is None else {"absmax", "batches"}
+        if phase is Phase.FROZEN and self.scheme.is_integer:
+            due |= {"frozen_scale"} if self.scheme.symmetric else {"frozen_scale", "frozen_zero_point"}
+        if wrong := sorted(due ^ state.keys()):
+            raise CheckpointError(
+                f"{name} ({self.scheme}): the checkpoint's {', '.join(wrong)} is missing or unexpected"
+            )
+        for key, value in state.items():
+            shape = () if key in ("absmax", "batches") else self.scale_shape
+            if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+                given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise CheckpointError(f"{name}: the checkpoint's {key} has shape {given}, this layer's is {shape}")
+
+    def import_state(self, state: Mapping[str, Tensor], phase: Phase, device: torch.device) -> None:
+        """The inverse of :meth:`export_state`, after :meth:`check_state`."""
         if self.scale is not None:
-            if state["scale"].shape != self.scale.shape:
-                raise CheckpointError(
-                    f"{self.layer.name}: the checkpoint's scales have shape {tuple(state['scale'].shape)}, "
-                    "this layer's "
-                    f"{tuple(self.scale.shape)}"
-                )
             with torch.no_grad():
                 self.scale.copy_(state["scale"])
         for name in ("zero_point", "frozen_scale", "frozen_zero_point"):
             value = state.get(name)
-            setattr(self, name, None if value is None else value.to(device))
-        if self.observer is not None and "absmax" in state:
+            setattr(self, name, None if value is None else value.detach().clone().to(device))
+        if self.observer is not None:
             self.observer.absmax.copy_(state["absmax"])
             self.observer.batches.copy_(state["batches"])
         self.phase = phase
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """Shape of the layer's scales."""
+        rows, columns = self.layer.shape
+        return (1, 1) if self.scheme.per_tensor else (rows, columns // (self.scheme.group_size or columns))
 
     def extra_repr(self) -> str:
         """Scheme, phase, and whether scales are learned."""
@@ -225,6 +249,13 @@ class LayerQuantizer(nn.Module):
 
         super()._apply(move, recurse)
         return self
+
+
+def _hidden(observer: AbsMaxObserver) -> AbsMaxObserver:
+    """An observer that no state_dict shows and none has to fill."""
+    for name, buffer in list(observer.named_buffers()):
+        observer.register_buffer(name, buffer, persistent=False)
+    return observer
 
 
 def _never_called(module: nn.Module, args: Any) -> None:

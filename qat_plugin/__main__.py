@@ -1,0 +1,52 @@
+"""The ``qat`` command. torch and Lightning are imported only once there is something to run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from qat_plugin import __version__
+from qat_plugin.config.arguments import Arguments, parse
+from qat_plugin.errors import QatError
+
+MISTAKE = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: arguments without the program's name; those of the process by default.
+
+    Returns:
+        0 done, 2 a mistake of the user's (one message on stderr), 130 interrupted and resumable. A bug raises.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(parse(given), given)
+    except QatError as error:
+        print(f"qat: {error}", file=sys.stderr)
+        return MISTAKE
+
+
+def _run(arguments: Arguments, given: Sequence[str]) -> int:
+    if arguments.version:
+        print(f"qat_plugin {__version__}")
+    elif arguments.help:
+        from qat_plugin.config.usage import help_text
+
+        print(help_text(arguments.config_dirs))
+    elif arguments.lists_recipes:
+        from qat_plugin.config.usage import listing
+
+        print(listing(arguments.config_dirs))
+    else:
+        from qat_plugin.config.launch import launch
+        from qat_plugin.runs.jobs import run_job
+
+        return launch(arguments, lambda job: run_job(job, given))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Recipes: what their keys are, how Hydra composes them, and what they may name."""

@@ -1,0 +1,33 @@
+"""The schema in Hydra's ConfigStore, under the names that ``conf/`` refers to."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from qat_plugin.config.schema import AdamW, Config, EmbeddedModel, EmbeddedText, TextFiles, TransformersModel
+
+SCHEMA: Final = "schema"
+_OPTIONS: Final[dict[str, dict[str, type]]] = {
+    "model": {"embedded": EmbeddedModel, "transformers": TransformersModel},
+    "data": {"embedded": EmbeddedText, "text": TextFiles},
+    "optimizer": {"adamw": AdamW},
+}
+
+
+def register_schema() -> None:
+    """Store the dataclasses; the options of ``model``, ``data`` and ``optimizer`` bring their own."""
+    store = ConfigStore.instance()
+    store.store(name=SCHEMA, node=_schema())
+    for group, options in _OPTIONS.items():
+        for name, node in options.items():
+            store.store(group=f"{SCHEMA}/{group}", name=name, node=node)
+
+
+def _schema() -> Any:
+    """The root. Hydra closes the whole config to new keys; the flag leaves the policy's rules open."""
+    node = OmegaConf.structured(Config)
+    OmegaConf.set_struct(node.policy.rules, False)
+    return node

@@ -1,0 +1,123 @@
+"""A LightningModule around a transformers causal language model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from qat_plugin.errors import ConfigError
+from qat_plugin.models.loading import load_causal_lm
+
+__all__ = ["CausalLM", "load_causal_lm"]
+
+
+class CausalLM(L.LightningModule):
+    """Next-token training of a causal language model: AdamW, linear warm-up, cosine decay to a tenth.
+
+    Batches hold ``input_ids`` and ``labels``, int64 [B, T] of equal ids (the model shifts the labels). Logs
+    ``train_loss``, ``val_loss`` and ``val_perplexity`` (and ``test_``), in nats per token, weighted by tokens.
+
+    Args:
+        model: a transformers model whose forward takes ``input_ids`` and ``labels`` and returns ``.loss``.
+        tokenizer: travels with the model; not used in training.
+        learning_rate: peak learning rate.
+        weight_decay: decoupled, of matrices only.
+        warmup_steps: optimizer steps of linear warm-up.
+        betas: AdamW's.
+
+    Raises:
+        ConfigError: for a number out of its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any = None,
+        *,
+        learning_rate: float = 1e-4,
+        weight_decay: float = 0.01,
+        warmup_steps: int = 10,
+        betas: tuple[float, float] = (0.9, 0.95),
+    ) -> None:
+        super().__init__()
+        if not learning_rate > 0:
+            raise ConfigError(f"learning_rate is {learning_rate}; it must be above 0")
+        if weight_decay < 0 or warmup_steps < 0:
+            raise ConfigError(f"weight_decay ({weight_decay}) and warmup_steps ({warmup_steps}) must not be negative")
+        # transformers returns models in eval mode and Lightning never calls .train()
+        self.model = model.train()
+        self.tokenizer = tokenizer
+        self.learning_rate, self.weight_decay, self.warmup_steps = learning_rate, weight_decay, warmup_steps
+        self.betas = betas
+
+    @override
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        """The model's own output."""
+        return self.model(input_ids=input_ids, **kwargs)
+
+    @override
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = self._loss(batch)
+        self.log("train_loss", loss.detach(), on_step=True, on_epoch=False, prog_bar=True)
+        return loss
+
+    @override
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    @override
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._log_perplexity("val")
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._log_perplexity("test")
+
+    @override
+    def configure_optimizers(self) -> Any:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        matrices = [parameter for parameter in trained if parameter.dim() > 1 and parameter.dtype.is_floating_point]
+        scales = _scale_ids(self)
+        decayed = [parameter for parameter in matrices if id(parameter) not in scales]
+        others = [parameter for parameter in trained if all(parameter is not other for other in decayed)]
+        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
+        total = self.trainer.estimated_stepping_batches
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._factor(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _factor(self, step: int, total: float) -> float:
+        """Learning rate at ``step`` over the peak."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if math.isinf(total):
+            return 1.0
+        done = min(1.0, (step - self.warmup_steps) / max(1, total - self.warmup_steps))
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+
+    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+        loss: Tensor = self.model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
+        return loss
+
+    def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
+        tokens = int((batch["labels"][:, 1:] != -100).sum())
+        self.log(f"{stage}_loss", self._loss(batch).float(), on_step=False, on_epoch=True, batch_size=tokens)
+
+    def _log_perplexity(self, stage: str) -> None:
+        loss = self.trainer.callback_metrics.get(f"{stage}_loss")
+        if loss is not None:
+            self.log(f"{stage}_perplexity", torch.exp(loss.float()), prog_bar=True)
+
+
+def _scale_ids(module: nn.Module) -> set[int]:
+    """Learned quantization scales are not decayed."""
+    return {id(parameter) for name, parameter in module.named_parameters() if "fake_quantizer" in name.split(".")}

@@ -1,0 +1,130 @@
+"""Loading a causal language model and its tokenizer from a local transformers directory, checked before training."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qat_plugin.errors import CheckpointError, DataError
+from qat_plugin.kernels.torchao_import import import_torchao
+
+
+def load_causal_lm(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Load a model and its tokenizer. Never reaches a hub, never runs code that lies in the directory.
+
+    Args:
+        path: directory with ``config.json``, safetensors weights and a tokenizer.
+        dtype: float type of the weights.
+
+    Returns:
+        ``(model, tokenizer)``, the model in eval mode on the CPU.
+
+    Raises:
+        DataError: when there is no such directory.
+        CheckpointError: when something in it is missing, truncated, or does not belong together.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise DataError(
+            f"there is no model directory {folder} (looked for {folder.absolute()}); give a local transformers "
+            "directory with config.json, safetensors weights and a tokenizer"
+        )
+    config = _config(folder)
+    _check_weights(folder)
+    import_torchao()  # before transformers imports it, noisily
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    with _quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{folder} has no tokenizer that can be loaded: {_first_line(error)}") from error
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            kind = config.get("model_type")
+            raise CheckpointError(
+                f"{folder} does not load as a causal language model (model_type {kind!r}): {_first_line(error)}"
+            ) from error
+    _check_vocabulary(folder, model, tokenizer)
+    return model, tokenizer
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        beside = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        raise CheckpointError(f"{folder} has no config.json, so it is no transformers model; it holds {beside}")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} is not a model's configuration")
+    return config
+
+
+def _check_weights(folder: Path) -> None:
+    """Every shard is there and whole; reads headers only."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in _shards(folder):
+        if not file.is_file():
+            raise CheckpointError(f"{folder} lacks {file.name}, which its index names; copy the shard again")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                opened.keys()
+        except (SafetensorError, OSError) as error:
+            size = file.stat().st_size
+            raise CheckpointError(f"{file} is truncated or corrupt ({error}; {size} bytes); copy it again") from error
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index} is not an index of shards: {error}") from error
+        if any(Path(str(name)).name != name for name in names):
+            raise CheckpointError(f"{index} names shards outside its directory")
+        return [folder / name for name in sorted(names)]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    pickled = " It has pickled weights, which are not loaded: convert them to safetensors." if (
+        any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+    ) else ""  # fmt: skip
+    raise CheckpointError(f"{folder} has no model.safetensors and no model.safetensors.index.json.{pickled}")
+
+
+def _check_vocabulary(folder: Path, model: Any, tokenizer: Any) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}: they do not belong together"
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars; its warnings stay."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,0 +1,69 @@
+"""What a checkpoint carries of fake quantization beside the float state_dict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from qat_plugin.errors import CheckpointError, did_you_mean
+from qat_plugin.qat.layers import ATTRIBUTE, current_weight
+from qat_plugin.qat.prepare import get_phase, plan_of, quantizers, required_layers
+from qat_plugin.qat.quantizer import LayerQuantizer, Phase
+
+STATE_VERSION = 1
+
+
+def quantizer_state(model: nn.Module) -> dict[str, Any]:
+    """Phase, plan, scales and observers, as primitives and CPU tensors that ``torch.load(weights_only=True)`` reads.
+
+    It belongs beside the model's (float) state_dict in a checkpoint.
+
+    Raises:
+        PrepareError: when the model is not prepared.
+    """
+    return {
+        "version": STATE_VERSION,
+        "phase": get_phase(model).value,
+        "plan": plan_of(model).without_kernels().to_list(),
+        "layers": {name: quantizer.export_state() for name, quantizer in quantizers(model).items()},
+    }
+
+
+def load_quantizer_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Restore what :func:`quantizer_state` saved, into a model prepared with the same plan.
+
+    Raises:
+        PrepareError: when the model is not prepared.
+        CheckpointError: when the state's version, layers or schemes differ; nothing is changed then.
+    """
+    layers = required_layers(model)
+    try:
+        version = state["version"]
+        if version != STATE_VERSION:
+            raise CheckpointError(f"quantizer state of version {version!r}; this package reads {STATE_VERSION}")
+        phase, tensors = Phase(state["phase"]), state["layers"]
+        theirs = {entry["name"]: entry["scheme"] for entry in state["plan"] if entry["scheme"] is not None}
+        states = {name: dict(tensors[name]) for name in theirs}
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"this is not a quantizer state ({type(error).__name__}: {error})") from error
+    mine: dict[str, LayerQuantizer] = {name: getattr(layer, ATTRIBUTE) for name, layer in layers.items()}
+    _check_same_schemes(mine, theirs)
+    for name, quantizer in mine.items():
+        quantizer.check_state(states[name], phase)
+    for name, quantizer in mine.items():
+        quantizer.import_state(states[name], phase, current_weight(layers[name]).device)
+
+
+def _check_same_schemes(mine: Mapping[str, LayerQuantizer], theirs: Mapping[str, str]) -> None:
+    here = {name: str(quantizer.scheme) for name, quantizer in mine.items()}
+    for name in sorted(theirs.keys() | here.keys()):
+        if theirs.get(name) != here.get(name):
+            there, mine_here = theirs.get(name, "not quantized"), here.get(name, "not quantized")
+            raise CheckpointError(
+                f"the checkpoint's plan differs from this model's at {name}: {there} there, {mine_here} here."
+                f"{did_you_mean(name, theirs.keys() - {name})} Resume with the policy the checkpoint was made with"
+            )

@@ -1,0 +1,195 @@
+"""What each task does, and what the process answers: 0, 2 for a mistake, 130 when it was stopped."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from qat_plugin import report as reporting
+from qat_plugin.callbacks import Schedule
+from qat_plugin.config.catalogue import recipes
+from qat_plugin.config.launch import Job
+from qat_plugin.config.schema import Config, PolicyConfig
+from qat_plugin.conversion import load_converted
+from qat_plugin.errors import ConfigError, QatError, SchemeError
+from qat_plugin.measure import file_bytes, model_bytes, parameter_count
+from qat_plugin.policy import Plan, Policy
+from qat_plugin.report import Report, Row
+from qat_plugin.runs.doctor import examination
+from qat_plugin.runs.folder import CONVERTED, RunFolder, open_folder
+from qat_plugin.runs.interruption import EXIT_CODE, Interrupted, Interruptions
+from qat_plugin.runs.journal import journal, say
+from qat_plugin.runs.ladder import Ladder
+from qat_plugin.runs.skeleton import skeleton_of
+from qat_plugin.runs.subject import check_paths, network_of, subject_of
+from qat_plugin.runs.training import accelerator_of
+from qat_plugin.scheme import Scheme
+
+MISTAKE: Final = 2
+_REPORT: Final = "report.json"
+
+
+def run_job(job: Job, given: Sequence[str]) -> int:
+    """Run one composed job.
+
+    Args:
+        job: the config and where it comes from.
+        given: the command line, to be recorded.
+
+    Returns:
+        The exit code. A mistake of the user's is told on stderr; a bug raises.
+    """
+    config = job.config
+    if config.trainer.threads is not None:
+        torch.set_num_threads(config.trainer.threads)
+    try:
+        match config.task.name:
+            case "doctor":
+                print(examination())
+            case "plan":
+                with journal(None, verbose=config.verbose):
+                    print(plan(job))
+            case "evaluate":
+                with journal(None, verbose=config.verbose):
+                    evaluate(job)
+            case _:
+                return climb(job, shlex.join(["qat", *given]))
+    except QatError as error:
+        print(f"qat: {error}", file=sys.stderr)
+        return MISTAKE
+    return 0
+
+
+def policy_of(config: PolicyConfig) -> Policy:
+    """The policy of a recipe.
+
+    Raises:
+        ConfigError: when it changes nothing, or for a misspelt scheme; PolicyError for a malformed pattern.
+    """
+    if not config.rules and config.default is None:
+        raise ConfigError("the policy changes no layer: give policy.default=SCHEME or policy.rules.ROLE=SCHEME")
+    for key, spelled in [
+        ("default", config.default),
+        *((f"rules.{name}", rule) for name, rule in config.rules.items()),
+    ]:
+        if spelled not in (None, "keep"):
+            try:
+                Scheme.parse(spelled)
+            except SchemeError as error:
+                raise ConfigError(f"policy.{key}: {error}") from error
+    indivisible: Any = config.indivisible
+    return Policy(config.rules, default=config.default, keep=config.keep, indivisible=indivisible)
+
+
+def _check_spelling(key: str, scheme: str | None) -> None:
+    try:
+        if scheme not in (None, "keep"):
+            Scheme.parse(str(scheme))
+    except SchemeError as error:
+        raise ConfigError(f"policy.{key}: {error}") from error
+
+
+def plan(job: Job) -> Plan:
+    """Resolve the policy against the model's architecture; no weight is read and nothing is trained."""
+    check_paths(job.config)
+    return _planned(job, policy_of(job.config.policy))
+
+
+def evaluate(job: Job) -> None:
+    """Measure the converted model of a run's folder beside its float model, or a model as it is."""
+    config = job.config
+    subject = subject_of(config, job.allow)
+    network = network_of(subject.build()).eval()
+    rows = [Row(reporting.FLOAT, subject.evaluate(network, None), model_bytes(network))]
+    if config.run.dir is not None:
+        folder = Path(config.run.dir).expanduser() / CONVERTED
+        small = load_converted(network_of(subject.build()).eval(), folder)
+        rows.append(Row(reporting.RELOADED, subject.evaluate(small, network), model_bytes(small), file_bytes(folder)))
+    report = Report(_title(config), rows=tuple(rows), parameters=parameter_count(network))
+    reporting.print_report(report)
+
+
+def climb(job: Job, command: str) -> int:
+    """Climb the ladder in the run's folder, from where it was left.
+
+    Returns:
+        0, or 130 when it was interrupted; then the folder can be resumed.
+    """
+    config = job.config
+    if job.recipe is None:
+        names = ", ".join(entry.name for entry in recipes())
+        raise ConfigError(f"task={config.task.name} needs a recipe: recipe=NAME, with NAME one of {names}")
+    _check_before_anything_is_written(job)
+    folder = open_folder(config, command, default=job.folder, allow=job.allow)
+    interruptions = Interruptions(f"qat: stopped at once. Go on with: {folder.resume_command}")
+    with journal(folder.path / "log", verbose=config.verbose):
+        say(f"{_title(config)}\nfolder: {folder.shown}")
+        try:
+            with interruptions.listening():
+                report = _climbed(job, folder, interruptions)
+        except BaseException as error:
+            stopped = isinstance(error, (Interrupted, KeyboardInterrupt)) or interruptions.received > 0
+            folder.record.status = "interrupted" if stopped else "failed"
+            folder.save()
+            if not stopped:
+                raise
+            where = str(error) if isinstance(error, Interrupted) else "stopped; finished stages are kept"
+            print(f"qat: {where}. Go on with: {folder.resume_command}", file=sys.stderr)
+            return EXIT_CODE
+        folder.finish()
+        reporting.print_report(report)
+        say(f"\nreport: {folder.shown}/report.md   converted model: {folder.shown}/converted")
+    return 0
+
+
+def _check_before_anything_is_written(job: Job) -> None:
+    """All that can be known to be wrong without the model's weights."""
+    accelerator_of(job.config.trainer)
+    check_paths(job.config)
+    _planned(job, policy_of(job.config.policy))
+    if "qat" in job.config.task.stages:
+        Schedule(job.config.qat.start, job.config.qat.freeze).resolve(job.config.trainer.max_steps)
+
+
+def _planned(job: Job, policy: Policy) -> Plan:
+    return policy.plan(skeleton_of(job.config, job.allow), device=accelerator_of(job.config.trainer))
+
+
+def _climbed(job: Job, folder: RunFolder, interruptions: Interruptions) -> Report:
+    config, record = job.config, folder.record
+    subject = subject_of(config, job.allow)
+    if record.data_fingerprint and record.data_fingerprint != subject.fingerprint:
+        raise ConfigError(
+            f"the data has changed since this run began (fingerprint {record.data_fingerprint[:12]}, now "
+            f"{subject.fingerprint[:12]}): its stages would not be comparable; start again in another run.dir"
+        )
+    record.data_fingerprint = subject.fingerprint
+    agreed = policy_of(config.policy).plan(network_of(subject.build()))
+    say(f"{agreed.summary()}\n")
+    earlier = folder.path / _REPORT
+    report = reporting.read_report(earlier) if folder.continued and earlier.is_file() else _begun(job, folder, agreed)
+    return Ladder(config, subject, agreed, folder, interruptions, report).climb()
+
+
+def _begun(job: Job, folder: RunFolder, agreed: Plan) -> Report:
+    return Report(
+        _title(job.config),
+        recipe=job.config.name or "",
+        command=folder.record.command,
+        plan=tuple(agreed.to_list()),
+        environment=reporting.environment(accelerator_of(job.config.trainer)),
+    )
+
+
+def _title(config: Config) -> str:
+    return f"{config.name or 'a model'}: {config.task.name}, {_policy_in_short(config.policy)}"
+
+
+def _policy_in_short(policy: PolicyConfig) -> str:
+    rules = [f"{pattern} {scheme or 'kept'}" for pattern, scheme in policy.rules.items()]
+    return ", ".join([*rules, *([policy.default] if policy.default else [])]) or "nothing quantized"

@@ -1,0 +1,50 @@
+"""A model's architecture without its weights: enough to plan, at no cost in memory or time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from qat_plugin.config.schema import Config, EmbeddedModel
+from qat_plugin.config.typed import option_of
+from qat_plugin.errors import CheckpointError
+from qat_plugin.kernels.torchao_import import import_torchao
+from qat_plugin.models.embedded import _model as embedded_architecture
+from qat_plugin.runs.subject import build_custom, embedded_recipe, network_of
+
+
+def skeleton_of(config: Config, allow: tuple[str, ...]) -> nn.Module:
+    """The network that a recipe names, in the float type of training; a language model's on the meta device.
+
+    Raises:
+        CheckpointError: when a directory holds no causal language model's configuration.
+        ConfigError: for a class that is not allowed.
+    """
+    if option_of(config, "model") == "custom":
+        return network_of(build_custom(config, allow))
+    dtype = torch.bfloat16 if config.trainer.precision == "bf16-true" else torch.float32
+    with torch.device("meta"):
+        if isinstance(config.model, EmbeddedModel):
+            tokens = SimpleNamespace(bos_token_id=0, eos_token_id=0)
+            network: nn.Module = embedded_architecture(embedded_recipe(config.model), tokens)
+        else:
+            network = _from_directory(Path(config.model.path).expanduser())
+    return network.to(dtype)
+
+
+def _from_directory(folder: Path) -> nn.Module:
+    import_torchao()  # before transformers imports it, noisily
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(folder, **options)
+        network: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"{folder} holds no causal language model that transformers knows: {reason}") from error
+    return network
