@@ -1,11 +1,11 @@
 """Converted models on disk: one safetensors file, no pickle, read back to the same integers.
 
 An integer weight ``X`` is stored as ``X.q`` (rows packed to their bits), ``X.scale`` (bf16, exact), and where it has
-them
-``X.zero_point`` (uint8) and ``X.activation_scale`` (float32): portable rows, whatever layout the kernel here uses. The
-header's ``qat_plugin`` entry holds, as JSON, the scheme, shape, type, orientation and use of each, which names are
-tied, the plan, the proof and a SHA-256 of the tensors; ``qat_plugin_sha256`` is that of this entry. ``plan.json``
-beside it repeats the plan for readers.
+them ``X.zero_point`` (uint8) and ``X.activation_scale`` (float32): portable rows, whatever layout the kernel here uses.
+The header's one entry, ``qat_plugin``, is the SHA-256 (64 hexadecimal digits) of the JSON that follows it: the scheme,
+shape, type, orientation and use of each, which names are tied, the plan, the proof, and a SHA-256 of the tensors. One
+entry, because safetensors writes several in a random order: the same model gives the same bytes. ``plan.json`` beside it
+repeats the plan for readers.
 """
 
 from __future__ import annotations
@@ -60,11 +60,10 @@ def save_converted(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     tensors, header = _flatten(model)
     header |= {"plan": conversion.plan.to_list(), "model": conversion.plan.model, "proof": conversion.proof.to_list()}
     text = json.dumps(header | {"sha256": _digest(tensors)})
-    metadata = {"format": "pt", "qat_plugin": text, "qat_plugin_sha256": _sha256(text)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _replacing(folder / WEIGHTS) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
+            save_file(tensors, temporary, metadata={"qat_plugin": _sha256(text) + text})
         with _replacing(folder / PLAN) as temporary:
             Path(temporary).write_text(json.dumps(header["plan"], indent=1) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
@@ -213,9 +212,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path} is truncated or corrupt ({error})") from error
     if "qat_plugin" not in metadata:
         raise CheckpointError(f"{path} is a safetensors file, but not a converted model of this package")
-    if metadata.get("qat_plugin_sha256") != _sha256(metadata["qat_plugin"]):
+    checksum, text = metadata["qat_plugin"][:64], metadata["qat_plugin"][64:]
+    if checksum != _sha256(text):
         raise CheckpointError(f"{path} is corrupt: its header does not match its checksum")
-    header: dict[str, Any] = json.loads(metadata["qat_plugin"])
+    header: dict[str, Any] = json.loads(text)
     if header.get("version") != FORMAT_VERSION:
         raise CheckpointError(f"{path} has format {header.get('version')!r}; this package reads {FORMAT_VERSION}")
     if header["sha256"] != _digest(tensors):

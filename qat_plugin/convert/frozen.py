@@ -34,5 +34,6 @@ class _Refusal(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         raise ConversionError(
-            "a converted model cannot be trained. Train before convert(), or load the float checkpoint into a fresh model"
+            "a converted model cannot be trained. Train before convert(), or load the float checkpoint into a fresh "
+            "model"
         )

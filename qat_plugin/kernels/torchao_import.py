@@ -35,7 +35,8 @@ class _DropKnown(logging.Filter):
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def known_noise_dropped() -> Iterator[None]:
+    """Drop the known texts during the imports inside; transformers imports parts of torchao too."""
     if torch.cuda.is_available():
         yield
         return
@@ -51,7 +52,7 @@ def _quiet() -> Iterator[None]:
 
 def import_torchao() -> ModuleType:
     """Import torchao, and the base class of its tensors, quietly on CPU machines."""
-    with _quiet():
+    with known_noise_dropped():
         import torchao
         import torchao.utils
 

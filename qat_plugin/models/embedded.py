@@ -28,8 +28,9 @@ from torch import Tensor
 from qat_plugin.data.documents import SEPARATOR
 from qat_plugin.data.embedded import TRAIN_CHARACTERS, VALID_CHARACTERS, Corpus, embedded_corpus
 from qat_plugin.data.text import TextData
-from qat_plugin.kernels.torchao_import import import_torchao
+from qat_plugin.kernels.torchao_import import known_noise_dropped
 from qat_plugin.measure import Progress, progressing
+from qat_plugin.models.loading import quiet_transformers
 
 _MARK = "complete.json"
 _FORMAT = 1
@@ -139,7 +140,8 @@ def _build(folder: Path, recipe: EmbeddedRecipe, corpus: Corpus, progress: Progr
             sequence_length=recipe.sequence_length, batch_size=recipe.batch_size, seed=recipe.seed, progress=progress,
         )  # fmt: skip
         _train(model, data, recipe, progress)
-    model.save_pretrained(folder, safe_serialization=True)
+    with quiet_transformers():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     sums = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
     (folder / _MARK).write_text(json.dumps(sums, indent=1), encoding="utf-8")
@@ -147,9 +149,10 @@ def _build(folder: Path, recipe: EmbeddedRecipe, corpus: Corpus, progress: Progr
 
 def _tokenizer(recipe: EmbeddedRecipe, corpus: Corpus) -> Any:
     """Byte-level BPE; end of text and beginning of text are one token, as in GPT-2."""
-    import_torchao()
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+
+    with known_noise_dropped():
+        from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -165,7 +168,8 @@ def _tokenizer(recipe: EmbeddedRecipe, corpus: Corpus) -> Any:
 
 
 def _model(recipe: EmbeddedRecipe, tokenizer: Any) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    with known_noise_dropped():
+        from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
         LlamaConfig(

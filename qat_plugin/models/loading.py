@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qat_plugin.errors import CheckpointError, DataError
-from qat_plugin.kernels.torchao_import import import_torchao
+from qat_plugin.kernels.torchao_import import known_noise_dropped
 
 
 def load_causal_lm(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -37,11 +37,10 @@ def load_causal_lm(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.f
         )
     config = _config(folder)
     _check_weights(folder)
-    import_torchao()  # before transformers imports it, noisily
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    with _quiet():
+    with quiet_transformers(), known_noise_dropped():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -113,7 +112,7 @@ def _check_vocabulary(folder: Path, model: Any, tokenizer: Any) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Without transformers' progress bars; its warnings stay."""
     from transformers.utils import logging as transformers_logging
 

@@ -80,7 +80,8 @@ def _check_same_layer(
     entry: LayerPlan, candidate: Candidate, layers: Mapping[str, Candidate], sharing: dict[int, str]
 ) -> None:
     """Raise when a layer is not the one that its plan was made for."""
-    name, weight = entry.name, candidate.module.weight
+    name = entry.name
+    weight: Tensor = candidate.module.weight  # type: ignore[assignment]
     shape = tuple(weight.shape) if candidate.kind == "norm" else candidate.out_in
     if entry.shape != shape:
         raise PrepareError(

@@ -95,9 +95,9 @@ def open_folder(config: Config, command: str, *, default: Path | None = None, al
     """
     path = Path(config.run.dir).expanduser().absolute() if config.run.dir else (default or _fresh(config.name or "run"))
     try:
-        if (path / FILE).is_file():
+        if (path / FILE).is_file() and not _is_fruitless(path, config):
             return _continue(path, config, allow)
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and any(path.iterdir()) and not (path / FILE).is_file():
             raise ConfigError(f"folder {path} exists and holds other files than a run's; give another run.dir")
         folder = RunFolder(path, _new_record(config, command), continued=False, allow=allow)
         write_text(path / RECIPE, recipe_text(config))
@@ -114,6 +114,13 @@ def _fresh(name: str) -> Path:
     stem = Path("runs", name, datetime.now().strftime("%Y-%m-%d_%H-%M-%S")).absolute()
     candidates = (stem, *(stem.with_name(f"{stem.name}_{count}") for count in range(2, 1000)))
     return next(path for path in candidates if not path.exists())
+
+
+def _is_fruitless(path: Path, config: Config) -> bool:
+    """Whether another recipe's run broke off here before it made anything, by a mistake that is now corrected."""
+    record = Record.read(path)
+    made = record.stages or (path / "checkpoints").exists()
+    return not made and record.config_hash != config_hash(config)
 
 
 def _continue(path: Path, config: Config, allow: tuple[str, ...]) -> RunFolder:

@@ -26,7 +26,7 @@ from qat_plugin.runs.interruption import EXIT_CODE, Interrupted, Interruptions
 from qat_plugin.runs.journal import journal, say
 from qat_plugin.runs.ladder import Ladder
 from qat_plugin.runs.skeleton import skeleton_of
-from qat_plugin.runs.subject import check_paths, network_of, subject_of
+from qat_plugin.runs.subject import check_choices, network_of, subject_of
 from qat_plugin.runs.training import accelerator_of
 from qat_plugin.scheme import Scheme
 
@@ -96,7 +96,7 @@ def _check_spelling(key: str, scheme: str | None) -> None:
 
 def plan(job: Job) -> Plan:
     """Resolve the policy against the model's architecture; no weight is read and nothing is trained."""
-    check_paths(job.config)
+    check_choices(job.config)
     return _planned(job, policy_of(job.config.policy))
 
 
@@ -150,7 +150,7 @@ def climb(job: Job, command: str) -> int:
 def _check_before_anything_is_written(job: Job) -> None:
     """All that can be known to be wrong without the model's weights."""
     accelerator_of(job.config.trainer)
-    check_paths(job.config)
+    check_choices(job.config)
     _planned(job, policy_of(job.config.policy))
     if "qat" in job.config.task.stages:
         Schedule(job.config.qat.start, job.config.qat.freeze).resolve(job.config.trainer.max_steps)

@@ -125,13 +125,6 @@ def subject_of(config: Config, allow: tuple[str, ...]) -> Subject:
     L.seed_everything(config.trainer.seed, workers=True, verbose=False)
     if option_of(config, "model") == "custom":
         return _custom(config, allow)
-    check_paths(config)
-    if option_of(config, "optimizer") == "own":
-        raise ConfigError(
-            "optimizer=own is for model=custom: a language model that qat loads has no optimizer of its own"
-        )
-    if not isinstance(config.data, (EmbeddedText, TextFiles)):
-        raise ConfigError("data=custom is for model=custom; with a language model use data=text or data=embedded")
     path = language_model_path(config.model)
     _, tokenizer = load_causal_lm(path)
     data = _text(config, config.data, tokenizer)
@@ -151,12 +144,22 @@ def embedded_recipe(model: EmbeddedModel) -> EmbeddedRecipe:
     return EmbeddedRecipe(**{name: value for name, value in asdict(model).items() if name != "kind"})
 
 
-def check_paths(config: Config) -> None:
-    """Raise for a path that does not exist, before anything expensive happens.
+def check_choices(config: Config) -> None:
+    """Raise for options that do not go together and paths that do not exist, before anything expensive happens.
 
     Raises:
-        ConfigError: with the closest name beside it.
+        ConfigError: with what to choose instead, or the closest name beside a path.
     """
+    if option_of(config, "model") == "custom":
+        if not is_target(config.data):
+            raise ConfigError(
+                "model=custom needs data=custom: your own LightningDataModule, data._target_=package.Class"
+            )
+        return
+    if option_of(config, "optimizer") == "own":
+        raise ConfigError("optimizer=own is for model=custom: a language model that qat loads has none of its own")
+    if not isinstance(config.data, (EmbeddedText, TextFiles)):
+        raise ConfigError("data=custom is for model=custom; with a language model use data=text or data=embedded")
     named: list[tuple[str, str | None]] = []
     if isinstance(config.model, TransformersModel):
         named.append(("model.path", config.model.path))
@@ -166,10 +169,8 @@ def check_paths(config: Config) -> None:
         path = None if given is None else Path(given).expanduser()
         if path is not None and not path.exists():
             folder = path.absolute().parent
-            beside = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-            raise ConfigError(
-                f"{key}={given} does not exist (looked for {path.absolute()}).{did_you_mean(path.name, beside)}"
-            )
+            near = did_you_mean(path.name, [entry.name for entry in folder.iterdir()] if folder.is_dir() else [])
+            raise ConfigError(f"{key}={given} does not exist (looked for {path.absolute()}).{near}")
 
 
 def _language_module(config: Config, path: Path, allow: tuple[str, ...]) -> L.LightningModule:
@@ -190,12 +191,8 @@ def _schedule(optimizer: Any) -> dict[str, Any]:
 
 def _text(config: Config, data: EmbeddedText | TextFiles, tokenizer: Any) -> TextData:
     if isinstance(data, TextFiles):
-        train, valid, key = (
-            Path(config.train).expanduser(),
-            config.valid and Path(data.valid).expanduser(),
-            data.key,
-        )
-        sources: tuple[Any, Any] = (train, valid)
+        key = data.key
+        sources: tuple[Any, Any] = (Path(data.train).expanduser(), data.valid and Path(data.valid).expanduser())
     else:
         sizes = config.model if isinstance(config.model, EmbeddedModel) else EmbeddedModel()
         corpus = embedded_corpus(train_characters=sizes.train_characters, valid_characters=sizes.valid_characters)
@@ -213,8 +210,6 @@ def _text(config: Config, data: EmbeddedText | TextFiles, tokenizer: Any) -> Tex
 
 
 def _custom(config: Config, allow: tuple[str, ...]) -> Subject:
-    if not is_target(config.data):
-        raise ConfigError("model=custom needs data=custom: your own LightningDataModule, data._target_=package.Class")
     _see_working_directory(allow)
     data = instantiate(config.data, (L.LightningDataModule,), nested=_NESTED, allow=allow, where="data")
     data.prepare_data()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -249,7 +251,9 @@ def test_learned_and_frozen_scales_ship_as_they_are(scheme: str, learn_scales: b
     quantized = {n: layer.fake_quantizer.integers(layer.weight) for n, layer in prepared_layers(model).items()}
     layers, expected = prepared_layers(model), model(x).detach()
     groups = {name: part.scale.shape[1] for name, part in quantized.items()}
-    moved = {n: grid(layer.weight, scheme).scale[:, :: layer.weight.shape[1] // groups[n]] for n, layer in layers.items()}
+    moved = {
+        n: grid(layer.weight, scheme).scale[:, :: layer.weight.shape[1] // groups[n]] for n, layer in layers.items()
+    }
     convert(model)
     assert relative(model(x), expected) < 2e-3
     for name, layer in layers.items():
@@ -284,3 +288,23 @@ def test_batch_statistics_follow_the_model_to_bf16_and_rotary_frequencies_do_not
     assert relative(model(x.bfloat16()), expected) < 0.05
     model = convert(llama(), "w8a8", dtype=torch.bfloat16)
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_sizes_that_no_vector_width_divides_convert_and_run_in_bf16() -> None:
+    """A kernel that reads past a row would take the process with it: it has its own."""
+    script = """
+import itertools, torch
+from qat_plugin import convert, prepare
+torch.manual_seed(0)
+torch.set_num_threads(1)
+for scheme, features, outputs in itertools.product(("w8a16", "w8a8", "w4a16-g32", "w4a8-g32"), (8, 24, 172), (1, 24, 172)):
+    model = prepare(torch.nn.Sequential(torch.nn.Linear(features, outputs).bfloat16()), scheme)
+    inputs = [torch.randn(rows, features).bfloat16() for rows in (1, 3, 16, 40)]
+    expected = [model(x).float() for x in inputs]
+    convert(model)
+    for x, y in zip(inputs, expected):
+        assert (model(x).float() - y).abs().max() <= 0.05, (scheme, features, outputs, len(x))
+print("sound")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "sound\n"), done.stderr[-500:]

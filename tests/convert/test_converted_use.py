@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from qat_plugin import convert, is_converted, prepare, proof_of
+from qat_plugin import convert, is_converted, load_converted, prepare, proof_of, save_converted
 from qat_plugin.errors import ConversionError
 from qat_plugin.kernels.weight import CastWeight, QuantizedWeight
 from tests.qat.models import FAMILIES, MLP, batch, output
@@ -103,14 +104,57 @@ def test_to_another_type_keeps_the_integers(scheme: str) -> None:
 def test_training_is_refused_where_the_gradient_reaches_integers(scheme: str) -> None:
     model = convert(MLP(), scheme).train()
     assert not any(p.requires_grad for p in model.parameters())
+    with pytest.raises(ConversionError, match="a converted model cannot be trained"):
+        model(batch("mlp")).sum().backward()
     x = batch("mlp").requires_grad_()
     with pytest.raises(ConversionError, match=f"a converted model cannot be trained.*{scheme}"):
         model(x).sum().backward()
     head = nn.Linear(64, 2)  # what follows can be trained, what comes before cannot
-    head(model(batch("mlp"))).sum().backward()
+    head(model.eval()(batch("mlp"))).sum().backward()
     assert head.weight.grad is not None
     with pytest.raises(ConversionError, match="cannot be trained"):
         model(nn.Linear(64, 64)(batch("mlp"))).sum().backward()
+
+
+def test_training_a_converted_llama_or_a_loaded_model_is_refused(tmp_path: Path) -> None:
+    model = convert(FAMILIES["llama"](), "w4a8-g32").train()
+    ids = batch("llama")
+    with pytest.raises(ConversionError, match="a converted model cannot be trained"):
+        model(ids, labels=ids).loss.backward()
+    loaded = load_converted(FAMILIES["llama"](), save_converted(model, tmp_path)).train()
+    with pytest.raises(ConversionError, match="a converted model cannot be trained"):
+        loaded(ids, labels=ids).loss.backward()
+    with pytest.raises(ConversionError, match="a converted model cannot be trained"):
+        copy.deepcopy(model)(ids, labels=ids).loss.backward()
+    assert not model.eval()(ids).logits.requires_grad  # in eval mode no graph is kept
+    with torch.no_grad():
+        assert not model.train()(ids).logits.requires_grad
+
+
+def test_conversion_does_not_depend_on_the_mode_it_runs_in() -> None:
+    state, x = MLP().state_dict(), batch("mlp")
+    expected = None
+    for context in (torch.enable_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        model = MLP()
+        model.load_state_dict(state)
+        with context:
+            convert(model, "w8a8")
+        model.load_state_dict(state)  # in place: impossible on tensors made in inference mode
+        expected = model(x) if expected is None else expected
+        assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "encoder"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_norms_may_be_cast(family: str, dtype: torch.dtype | None) -> None:
+    model, x = prepare(FAMILIES[family](), {"norm": "bf16", "default": "w8a8"}), batch(family)
+    expected = output(model, x).detach()
+    convert(model, dtype=dtype)
+    x = x.to(dtype) if dtype is not None and x.is_floating_point() else x
+    torch.testing.assert_close(output(model, x).float(), expected, rtol=0.05, atol=0.1 if dtype else 1e-4)
+    cast = [layer for layer in proof_of(model).layers if layer.scheme == "bf16"]
+    assert len(cast) >= 3
+    assert all(layer.weight_difference == 0 for layer in cast)
 
 
 def test_nothing_of_fake_quantization_is_left() -> None:

@@ -100,7 +100,9 @@ def drifted(scheme: str, *, learn_scales: bool, phase: Phase) -> nn.Module:
 
 
 @pytest.mark.parametrize("scheme", ["w4a16-g32", "w4a8-g32-asym", "w8a8", "w8a8-static"])
-@pytest.mark.parametrize(("learn_scales", "phase"), [(True, Phase.FAKE_QUANTIZED), (True, Phase.FROZEN), (False, Phase.FROZEN)])
+@pytest.mark.parametrize(
+    ("learn_scales", "phase"), [(True, Phase.FAKE_QUANTIZED), (True, Phase.FROZEN), (False, Phase.FROZEN)]
+)
 def test_with_its_quantizer_state_the_integers_are_those_of_the_checkpoint(
     scheme: str, learn_scales: bool, phase: Phase
 ) -> None:
@@ -168,7 +170,9 @@ class TestRefusals:
     def test_scales_of_another_shape(self) -> None:
         state = quantizer_state(prepare(MLP(), "w8a8", learn_scales=True))
         state["layers"]["down"]["scale"] = torch.ones(3, 1)
-        with pytest.raises(CheckpointError, match=r"down: the quantizer state's scale has shape \(3, 1\), not \(64, 1\)"):
+        with pytest.raises(
+            CheckpointError, match=r"down: the quantizer state's scale has shape \(3, 1\), not \(64, 1\)"
+        ):
             reload_float(convert(MLP(), "w8a8"), MLP().state_dict(), state)
 
     def test_what_is_no_quantizer_state(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ SCHEMES = [
 
 def network(widths: list[int], bias: bool) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Embedding(11, widths[0])]
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in pairwise(widths):
         layers += [nn.Linear(a, b, bias=bias), nn.Tanh()]
     return nn.Sequential(*layers)
 

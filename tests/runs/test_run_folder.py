@@ -69,8 +69,21 @@ def test_verbosity_does_not_make_another_recipe() -> None:
     assert opened(replace(recipe("here"), verbose=True)).continued
 
 
-def test_another_recipe_is_refused_and_told_what_differs() -> None:
-    opened(recipe("here", seed=1, max_steps=5))
+def test_a_run_that_made_nothing_gives_its_folder_to_the_corrected_recipe() -> None:
+    opened(recipe("here", seed=1))
+    folder = opened(recipe("here", seed=2))
+    assert not folder.continued
+    assert Record.read(folder.path).seed == 2
+
+
+@pytest.mark.parametrize("made", ["stage", "checkpoint"])
+def test_another_recipe_is_refused_and_told_what_differs(made: str) -> None:
+    folder = opened(recipe("here", seed=1, max_steps=5))
+    if made == "stage":
+        folder.record.stages["float"] = StageRecord(1.0)
+        folder.save()
+    else:
+        write_text(folder.checkpoints / "qat" / "last.ckpt", "floats")
     with pytest.raises(ConfigError) as caught:
         opened(recipe("here", seed=2, max_steps=6))
     assert "trainer.seed was 1 and is 2" in str(caught.value)

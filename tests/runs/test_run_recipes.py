@@ -1,0 +1,132 @@
+"""Every shipped recipe runs: two steps on a small model, a real tokenizer and real text."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from qat_plugin.config.places import recipes_folder
+from qat_plugin.config.schema import Config, EmbeddedModel
+from qat_plugin.models.embedded import EmbeddedRecipe, embedded_lm
+from qat_plugin.report import read_report
+from qat_plugin.runs.skeleton import skeleton_of
+from qat_plugin.runs.subject import embedded_recipe
+
+from .conftest import Qat
+
+SMALL = EmbeddedModel(
+    hidden=64, ffn=96, vocabulary=320, layers=2, heads=2, steps=2, batch_size=2, sequence_length=32,
+    train_characters=60_000, valid_characters=8_000,
+)  # fmt: skip
+QUICK = (
+    "trainer.max_steps=2", "trainer.threads=1", "data.batch_size=2", "data.sequence_length=32", "data.eval_tokens=330",
+    "measure.latency_rounds=1", "measure.latency_tokens=[1,3]",
+)  # fmt: skip
+RECIPES = sorted(path.stem for path in recipes_folder().glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _small_cache(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAT_PLUGIN_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> tuple[Path, Path]:
+    """A training file of JSONL and a held-out text."""
+    train, valid = tmp_path / "train.jsonl", tmp_path / "valid.txt"
+    train.write_text('{"text": "once upon a time there was a small model"}\n' * 100)
+    valid.write_text("the small model met a large one\n" * 60)
+    return train, valid
+
+
+def small_model() -> list[str]:
+    given = {entry.name: getattr(SMALL, entry.name) for entry in fields(SMALL) if entry.name not in ("kind", "seed")}
+    return [f"model.{name}={value}" for name, value in given.items()]
+
+
+def arguments(name: str, text: tuple[Path, Path]) -> list[str]:
+    if name == "qat_int4_llama":
+        folder = embedded_lm(recipe=embedded_recipe(SMALL), progress=False)
+        return [f"model.path={folder}", f"data.train={text[0]}", f"data.valid={text[1]}"]
+    return small_model()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_runs_from_nothing_to_report(name: str, qat: Qat, text: tuple[Path, Path]) -> None:
+    done = qat(f"recipe={name}", "run.dir=here", *QUICK, *arguments(name, text))
+    assert done.code == 0, done.err
+    assert done.err.replace("training the embedded model", "") == done.err, "two seconds are not up"
+    report = read_report(Path("here", "report.json"))
+    rows = {row.name: row for row in report.rows}
+    assert rows["reloaded"].metrics == rows["converted"].metrics
+    before = rows["PTQ" if name == "ptq_tiny" else "QAT"].metrics
+    assert rows["converted"].metrics.perplexity == pytest.approx(before.perplexity, rel=2e-5)
+    assert rows["converted"].bytes_memory < rows["float"].bytes_memory
+    assert {entry.workload for entry in report.latency} == {"batch 1, 1 token", "batch 1, 3 tokens"}
+    assert all(not layer["name"].startswith("model.model.") for layer in report.plan), "names are the network's own"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_plans_without_training_or_reading_weights(
+    name: str, qat: Qat, text: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = arguments(name, text)
+    monkeypatch.setenv("QAT_PLUGIN_CACHE", str(tmp_path / "empty"))
+    done = qat(f"recipe={name}", "task=plan", *given)
+    assert done.code == 0, done.err
+    assert "model.layers.{0..1}.mlp.down_proj" in done.out
+    assert not (tmp_path / "empty").exists()
+
+
+def test_the_skeleton_is_the_model_without_its_weights() -> None:
+    skeleton = skeleton_of(Config(model=SMALL), ())
+    from qat_plugin.models.causal_lm import load_causal_lm
+
+    model, _ = load_causal_lm(embedded_lm(recipe=embedded_recipe(SMALL), progress=False))
+    shapes = {name: weight.shape for name, weight in model.named_parameters()}
+    assert {name: weight.shape for name, weight in skeleton.named_parameters()} == shapes
+    assert {weight.device.type for weight in skeleton.parameters()} == {"meta"}
+
+
+def test_the_embedded_models_keys_are_its_recipes_fields_and_defaults() -> None:
+    assert embedded_recipe(EmbeddedModel()) == EmbeddedRecipe()
+    assert {entry.name for entry in fields(EmbeddedModel)} == {entry.name for entry in fields(EmbeddedRecipe)} | {
+        "kind"
+    }
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (["model.path=no/such/model"], "model.path=no/such/model does not exist"),
+        (["data.train=train.jsnl"], "Did you mean 'train.jsonl'?"),
+        (["data.valid=."], "directory"),
+        (["policy.rules.attn=w8a8"], "policy rule 'attn' matched no module"),
+        (["policy.rules.head=w4a16-g32", "policy.indivisible=error", "policy.default=w4a16-g48"], "48"),
+        (["data.sequence_length=4000"], "fewer than"),
+        (["data.key=body"], "lacks the key 'body'"),
+        (["data=custom", "data._target_=torch.nn.Linear"], "unknown key 'data.train'"),
+        (["optimizer=own"], "optimizer=own is for model=custom"),
+    ],
+)
+def test_mistakes_in_a_language_models_recipe(keys: list[str], said: str, qat: Qat, text: tuple[Path, Path]) -> None:
+    done = qat("recipe=qat_int4_llama", *arguments("qat_int4_llama", text), "run.dir=here", *keys)
+    assert done.code == 2
+    assert said in done.err
+    assert "Traceback" not in done.err
+
+
+def test_a_directory_that_is_no_model(qat: Qat, text: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "empty_model").mkdir()
+    done = qat("recipe=qat_int4_llama", "model.path=empty_model", f"data.train={text[0]}", f"data.valid={text[1]}")
+    assert done.code == 2
+    assert "empty_model" in done.err
+    assert not Path("runs").exists()
