@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 # x86 multiplies unsigned by signed bytes; signed activations would fall onto a reference path without AMX.
 _ACTIVATION_ZERO_POINT = 128
+# ATen's INT8 product reads whole vectors of a row, past its end where they do not divide it: wrong numbers, or a crash.
+_ATEN_VECTOR = 16
+_ONEDNN_BLOCK = 64  # of its layout on AVX512
 # Weights from which the integer product saves more than quantizing its input costs (0.7-0.9 of bf16's speed at
 # 1024 x 1024, 1.6-2.0 at 4096 x 4096, for 1 to 128 rows on one thread of an AVX512-BF16 x86).
 _WORTH_QUANTIZING_INPUT = 1 << 21
@@ -78,8 +81,9 @@ class OneDnnInt8(Kernel):
         return ""
 
     def nbytes(self, spec: LayerSpec) -> int:
-        """A byte a weight, four a channel."""
-        return spec.out_features * (spec.in_features + 4)
+        """A byte a weight and four a channel in blocks of 64 (oneDNN keeps compensations there), and the scales."""
+        rows, columns = (-(-size // _ONEDNN_BLOCK) * _ONEDNN_BLOCK for size in (spec.out_features, spec.in_features))
+        return rows * (columns + 4) + 4 * spec.out_features
 
     def pack(self, quantized: Quantized, spec: LayerSpec) -> Packed:
         """oneDNN's blocked layout (it transposes [N, K] itself) and a float32 scale per channel."""
@@ -117,6 +121,8 @@ class AtenInt8(Kernel):
             return "does not look rows up"
         if not spec.scheme.symmetric or spec.scheme.granularity != "channel":
             return "needs symmetric weights with a scale per channel"
+        if spec.in_features % _ATEN_VECTOR:
+            return f"needs in_features ({spec.in_features}) to be a multiple of {_ATEN_VECTOR}"
         if spec.dtype != torch.bfloat16:
             return f"needs a bf16 model, this one is {str(spec.dtype).removeprefix('torch.')}"
         return None

@@ -105,7 +105,7 @@ class Policy:
         if not any(c.kind in ("linear", "conv1d", "embedding") for c in found):
             raise PolicyError(f"{name} has no Linear, Conv1D or Embedding layer: there is nothing to quantize")
         every = [*(Rule(pattern, None) for pattern in self.keep), *self.rules]
-        decided = {c.name: rule for c in found if (rule := next((r for r in every if r.matches(c)), None)) is not None}
+        decided = _decide(found, every)
         check_used(every, found, decided, name)
         listed = [c for c in found if c.kind != "norm" or c.name in decided]
         target = None if device is None else torch.device(device)
@@ -164,6 +164,18 @@ class Policy:
             scheme = scheme.with_group_size(largest_divisor(in_features, scheme.group_size))
             reason = f"{text}: g{scheme.group_size}" + (f"; {reason}" if reason else "")
         return _with_kernel(replace(layer, scheme=scheme, reason=reason), candidate, device, dtype)
+
+
+def _decide(found: list[Candidate], rules: list[Rule]) -> dict[str, Rule]:
+    """Layer -> the first rule that matches it; a rule for integers passes over norms, unless it names nothing else."""
+    decided = {c.name: rule for c in found if (rule := next((r for r in rules if r.matches(c)), None)) is not None}
+    norms = {c.name for c in found if c.kind == "norm"}
+    useful = {id(rule) for name, rule in decided.items() if name not in norms}
+    return {
+        name: rule
+        for name, rule in decided.items()
+        if name not in norms or rule.scheme is None or rule.scheme.is_float or id(rule) not in useful
+    }
 
 
 def largest_divisor(number: int, limit: int) -> int:
