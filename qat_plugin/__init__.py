@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from qat_plugin.callbacks import ExactResume, MixedPrecision, QuantizationAwareTraining
-    from qat_plugin.convert import convert, is_converted, load_converted, proof_of, save_converted
+    from qat_plugin.conversion import convert, is_converted, load_converted, proof_of, save_converted
     from qat_plugin.errors import QatError
     from qat_plugin.policy import Plan, Policy
     from qat_plugin.qat import Phase, calibrating, capture_inputs, prepare, set_phase, unprepare
@@ -22,11 +22,11 @@ _WHERE = {
     "ExactResume": "callbacks",
     "MixedPrecision": "callbacks",
     "QuantizationAwareTraining": "callbacks",
-    "convert": "convert",
-    "is_converted": "convert",
-    "load_converted": "convert",
-    "proof_of": "convert",
-    "save_converted": "convert",
+    "convert": "conversion",
+    "is_converted": "conversion",
+    "load_converted": "conversion",
+    "proof_of": "conversion",
+    "save_converted": "conversion",
     "QatError": "errors",
     "Plan": "policy",
     "Policy": "policy",
@@ -66,7 +66,7 @@ def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'qat_plugin' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"qat_plugin.{_WHERE[name]}"), name)
-    globals()[name] = value  # also keeps a submodule of the same name (convert) from shadowing it
+    globals()[name] = value  # not asked again
     return value
 
 

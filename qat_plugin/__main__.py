@@ -10,6 +10,7 @@ from qat_plugin.config.arguments import Arguments, parse
 from qat_plugin.errors import QatError
 
 MISTAKE = 2
+INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QatError as error:
         print(f"qat: {error}", file=sys.stderr)
         return MISTAKE
+    except KeyboardInterrupt:  # before a run's folder exists: there is nothing to save or to resume
+        return INTERRUPTED
 
 
 def _run(arguments: Arguments, given: Sequence[str]) -> int:
@@ -41,10 +44,16 @@ def _run(arguments: Arguments, given: Sequence[str]) -> int:
 
         print(listing(arguments.config_dirs))
     else:
-        from qat_plugin.config.launch import launch
-        from qat_plugin.runs.jobs import run_job
+        from qat_plugin.config.launch import Job, launch
 
-        return launch(arguments, lambda job: run_job(job, given))
+        def run(job: Job) -> int:
+            if sys.stderr.isatty():
+                print("loading torch, Lightning and transformers ...", file=sys.stderr)
+            from qat_plugin.runs.jobs import run_job  # not before the recipe is known to be sound
+
+            return run_job(job, given)
+
+        return launch(arguments, run)
     return 0
 
 

@@ -153,7 +153,7 @@ class QuantizationAwareTraining(Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._convert or not is_prepared(pl_module):
             return
-        if self._weights == "best":
+        if self._weights == "best" and not trainer.fast_dev_run:  # which saves nothing
             self._load_best(trainer, pl_module)
         if get_phase(pl_module) in (Phase.FLOAT, Phase.OBSERVING):
             rank_zero_warn("fake quantization never ran on these weights: converting them is post-training quantization")
@@ -202,7 +202,7 @@ class QuantizationAwareTraining(Callback):
             )
         check_strategy(trainer)
         check_other_callbacks(trainer, self)
-        if self._weights == "best":
+        if self._weights == "best" and not trainer.fast_dev_run:
             _best_checkpoint_callback(trainer)
 
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

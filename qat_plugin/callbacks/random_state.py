@@ -9,6 +9,20 @@ from typing import Any
 import numpy as np
 import torch
 
+States = tuple[torch.Tensor, tuple[Any, ...], tuple[Any, ...] | dict[str, Any]]
+
+
+def get_states() -> States:
+    """States of the generators that fetching data may draw from, as they are: fast, and not for a file."""
+    return torch.get_rng_state(), random.getstate(), np.random.get_state()
+
+
+def set_states(states: States) -> None:
+    """Set what :func:`get_states` returned."""
+    torch.set_rng_state(states[0])
+    random.setstate(states[1])
+    np.random.set_state(states[2])
+
 
 def capture() -> dict[str, Any]:
     """States of torch (CPU, and every CUDA device there is), NumPy's legacy generator and Python's."""

@@ -13,27 +13,42 @@ generators, where in the data the run was, and the running epoch means of what w
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
-from qat_plugin.callbacks.random_state import capture, restore
+from qat_plugin.callbacks.random_state import States, capture, get_states, restore, set_states
 
 _SKIPPED_WARNING = "You're resuming from a checkpoint that ended before the epoch ended"
 
 
 class _Position:
-    """A loader that knows where it is; everything else is the loader's own."""
+    """A loader that knows where it is; everything else is the loader's own.
 
-    def __init__(self, loader: Any) -> None:
+    Attributes:
+        before_pass: the generators when the current pass began.
+        yielded: batches of the pass so far.
+        apart: fetch with generators of the pass's own. A stream draws from them with every item, between the draws of
+            training; to replay it without training, the two must not share generators.
+        ahead: Lightning fetches the first batch long before it trains on it, and draws in between.
+        arrive: called once, when the next pass begins.
+        resume: where that pass begins, if not at its first batch.
+    """
+
+    def __init__(self, loader: Any, *, apart: bool) -> None:
         self.loader = loader
+        self.apart = apart
+        self.ahead = False
         self.before_pass: dict[str, Any] | None = None
         self.yielded = 0
         self.arrive: Callable[[], None] | None = None
@@ -47,6 +62,7 @@ class _Position:
 
     def __iter__(self) -> Iterator[Any]:
         """One pass. It begins at the first ``next``, when no hook can come between the generators and the order."""
+        arrived = self.arrive is not None
         if self.arrive is not None:
             arrive, self.arrive = self.arrive, None
             arrive()
@@ -56,14 +72,45 @@ class _Position:
             restore(resume["before_pass"])
         self.before_pass, self.yielded = capture(), 0
         batches = iter(self.loader)
+        if self.apart:
+            batches = _apart(batches)
         if resume is not None:
             for _ in range(resume["consumed"]):
                 next(batches)
                 self.yielded += 1
             restore(now)
+        arrival = capture() if arrived and self.ahead else None
         for batch in batches:
             self.yielded += 1
             yield batch
+            if arrival is not None:
+                restore(arrival)
+                arrival = None
+
+
+def _apart(batches: Iterator[Any]) -> Iterator[Any]:
+    """The same batches, fetched with generators of their own, which are seeded by one draw now."""
+    seed, training = int(torch.randint(2**32, ()).item()), get_states()
+    torch.random.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    fetching = get_states()
+    set_states(training)
+    return _swapping(batches, fetching)
+
+
+def _swapping(batches: Iterator[Any], fetching: States) -> Iterator[Any]:
+    while True:
+        training = get_states()
+        set_states(fetching)
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        finally:
+            fetching = get_states()
+            set_states(training)
+        yield batch
 
 
 class ExactResume(Callback):
@@ -99,10 +146,13 @@ class ExactResume(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._saved is not None and self._saved["epoch_done"]:
+        if all(isinstance(loader, _Position) or _is_stateful(loader) for loader in _combined_loader(trainer).flattened):
+            return
+        if self._saved is not None and self._saved["epoch_done"]:  # new loaders (reload_dataloaders_every_n_epochs)
             self._arrive()
-        if self._wrap_loaders(trainer):  # they are new ones (reload_dataloaders_every_n_epochs)
-            _start_reading(trainer)
+            _start_reading(trainer)  # the bare ones, which draws from the generators, as Lightning did before arriving
+        self._wrap_loaders(trainer)
+        _start_reading(trainer)
 
     @override
     def on_train_batch_end(
@@ -148,7 +198,10 @@ class ExactResume(Callback):
         combined = _combined_loader(trainer)
         if any(isinstance(loader, _Position) for loader in combined.flattened):
             return False
-        wrapped = [loader if _is_stateful(loader) else _Position(loader) for loader in combined.flattened]
+        apart = any(_is_stream(loader) for loader in combined.flattened)
+        wrapped = [
+            loader if _is_stateful(loader) else _Position(loader, apart=apart) for loader in combined.flattened
+        ]
         self._positions = [loader for loader in wrapped if isinstance(loader, _Position)]
         combined.flattened = wrapped
         return True
@@ -158,7 +211,9 @@ class ExactResume(Callback):
         if not self._positions:
             self._arrive()
             return
+        fetcher = None if self._trainer is None else self._trainer.fit_loop._data_fetcher
         self._positions[0].arrive = self._arrive
+        self._positions[0].ahead = fetcher is not None and fetcher.length is None
         if not saved["epoch_done"]:
             for position, state in zip(self._positions, saved["loaders"], strict=False):
                 position.resume = state
@@ -220,6 +275,13 @@ def _validate(trainer: L.Trainer) -> None:
 
 def _is_stateful(loader: object) -> bool:
     return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+
+
+def _is_stream(loader: object) -> bool:
+    """Whether what a loader yields may depend on draws between its batches, or Lightning reads it ahead."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return True
+    return not hasattr(loader.batch_sampler or loader.sampler, "__len__")
 
 
 def _results(trainer: L.Trainer) -> dict[str, dict[str, Tensor]]:

@@ -40,7 +40,9 @@ class RecipeSource(ConfigSource):  # type: ignore[misc]  # hydra is not followed
 
     def is_group(self, config_path: str) -> bool:
         """Whether there are options under that name."""
-        return config_path.rstrip("/") == _GROUP or (bool(config_path) and (Path(self.path) / config_path).is_dir())
+        if not config_path or _is_hydras(config_path):
+            return False
+        return config_path.rstrip("/") == _GROUP or (Path(self.path) / config_path).is_dir()
 
     def is_config(self, config_path: str) -> bool:
         """Whether there is such an option; nothing outside a group is one."""
@@ -74,7 +76,7 @@ class RecipeSource(ConfigSource):  # type: ignore[misc]  # hydra is not followed
 
     def _file(self, config_path: str) -> Path | None:
         group, _, name = config_path.removesuffix(".yaml").rpartition("/")
-        if not group or ".." in config_path.split("/"):
+        if not group or ".." in config_path.split("/") or _is_hydras(group):
             return None
         if group == _GROUP:
             return dict(recipe_files(Path(self.path))).get(name)
@@ -97,6 +99,11 @@ def register_sources(user_folders: list[Path]) -> None:
     _user_folders[:] = user_folders
     Plugins.instance().register(RecipeSource)
     Plugins.instance().register(RecipeSearchPath)
+
+
+def _is_hydras(group: str) -> bool:
+    """Hydra's own groups (launchers, logging, callbacks) are not for a recipe's folder to replace."""
+    return group.split("/")[0] == "hydra"
 
 
 def _yaml_files(folder: Path) -> Iterator[tuple[str, Path]]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _ACTIVATION_ZERO_POINT = 128
 # ATen's INT8 product reads whole vectors of a row, past its end where they do not divide it: wrong numbers, or a crash.
 _ATEN_VECTOR = 16
+_ALIGNMENT = 64
 _ONEDNN_BLOCK = 64  # of its layout on AVX512
 # Weights from which the integer product saves more than quantizing its input costs (0.7-0.9 of bf16's speed at
 # 1024 x 1024, 1.6-2.0 at 4096 x 4096, for 1 to 128 rows on one thread of an AVX512-BF16 x86).
@@ -136,8 +137,10 @@ class AtenInt8(Kernel):
         return "slower than bf16 above about 4 rows a call"
 
     def pack(self, quantized: Quantized, spec: LayerSpec) -> Packed:
-        """Plain int8 rows; scales in bf16 (exact)."""
-        return Packed(quantized.q.contiguous(), quantized.scale.reshape(-1).to(torch.bfloat16))
+        """Plain int8 rows, aligned (a tensor mapped from a file need not be, and ATen's loads crash on it)."""
+        rows = quantized.q.contiguous()
+        rows = rows.clone() if rows.data_ptr() % _ALIGNMENT else rows
+        return Packed(rows, quantized.scale.reshape(-1).to(torch.bfloat16))
 
     def unpack(self, weight: QuantizedWeight) -> Quantized:
         """The same rows."""

@@ -175,6 +175,12 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
             memo[id(self)] = torch.nn.Parameter(copied, requires_grad=False) if _is_parameter(self) else copied
         return cast(QuantizedWeight, memo[id(self)])
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle the integers, not the kernel's layout: oneDNN's opaque tensors have no bytes to write."""
+        integers = self.integers()
+        parts = (integers.q, integers.scale, integers.zero_point, self.activation_scale)
+        return _from_parts, (*parts, self.spelling, self.logical_dtype, self.transposed, self.usage, _is_parameter(self))
+
     def __repr__(self) -> str:
         return f"QuantizedWeight({self.spelling}, shape={tuple(self.logical_shape)}, kernel={self.kernel_name})"
 
@@ -214,6 +220,24 @@ class CastWeight(TorchAOBaseTensor):  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return f"CastWeight({self.data_.dtype} as {self.logical_dtype}, shape={tuple(self.shape)})"
+
+
+def _from_parts(
+    q: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    activation_scale: Tensor | None,
+    spelling: str,
+    dtype: torch.dtype,
+    transposed: bool,
+    usage: Usage,
+    parameter: bool,
+) -> Tensor:
+    quantized = Quantized(q, scale, zero_point, Scheme.parse(spelling))
+    weight = QuantizedWeight.from_integers(
+        quantized, dtype, transposed=transposed, usage=usage, activation_scale=activation_scale
+    )
+    return torch.nn.Parameter(weight, requires_grad=False) if parameter else weight
 
 
 def _is_parameter(tensor: Tensor) -> bool:

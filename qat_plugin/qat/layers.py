@@ -174,6 +174,19 @@ def current_weight(layer: nn.Module) -> Tensor:
     return layer.weight if weight is None else weight  # type: ignore[return-value]
 
 
+def check_restorable(layer: nn.Module) -> None:
+    """Raise when something else has changed a prepared layer's class.
+
+    Raises:
+        PrepareError: naming the layer.
+    """
+    if type(layer) is not fake_quantized_class(base_class(layer)):  # type: ignore[arg-type]
+        raise PrepareError(
+            f"{getattr(layer, ATTRIBUTE).layer.name} was parametrized after prepare(): take that off first "
+            "(torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+
+
 def restore(layer: nn.Module) -> None:
     """Give a prepared layer its own class back."""
     layer.__class__ = base_class(layer)

@@ -7,7 +7,15 @@ from torch import nn
 from qat_plugin.errors import PrepareError
 from qat_plugin.policy import Plan, Policy, PolicyLike
 from qat_plugin.qat.checks import check_materialised, check_untouched, planned_layers
-from qat_plugin.qat.layers import ATTRIBUTE, FakeQuantized, current_weight, extend, restore, transposed
+from qat_plugin.qat.layers import (
+    ATTRIBUTE,
+    FakeQuantized,
+    check_restorable,
+    current_weight,
+    extend,
+    restore,
+    transposed,
+)
 from qat_plugin.qat.quantizer import LayerQuantizer, Phase
 
 
@@ -113,11 +121,13 @@ def unprepare(model: nn.Module) -> nn.Module:
     """Take fake quantization out again, in place: classes are the user's own, weights are untouched.
 
     Raises:
-        PrepareError: when the model is not prepared.
+        PrepareError: when the model is not prepared, or a layer was parametrized since; nothing is changed then.
     """
     layers = _fake_quantized(model)
     if not layers:
         raise _not_prepared(model)
+    for layer in layers:
+        check_restorable(layer)
     for layer in layers:
         restore(layer)
     return model

@@ -9,6 +9,7 @@
         checkpoints/     <stage>/last.ckpt, float weights, resumable; <stage>/quantizers.pt
         converted/       model.safetensors and plan.json
         report.json  report.md
+        curves/          of trainer.logger=csv or tensorboard
 """
 
 from __future__ import annotations

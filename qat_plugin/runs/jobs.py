@@ -6,29 +6,31 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+import lightning as L
 import torch
 
 from qat_plugin import report as reporting
-from qat_plugin.callbacks import Schedule
 from qat_plugin.config.catalogue import recipes
 from qat_plugin.config.launch import Job
 from qat_plugin.config.schema import Config, PolicyConfig
+from qat_plugin.config.typed import option_of
 from qat_plugin.conversion import load_converted
-from qat_plugin.errors import ConfigError, QatError, SchemeError
+from qat_plugin.errors import ConfigError, QatError
 from qat_plugin.measure import file_bytes, model_bytes, parameter_count
-from qat_plugin.policy import Plan, Policy
+from qat_plugin.policy import Plan
 from qat_plugin.report import Report, Row
+from qat_plugin.runs.custom import custom_subject
 from qat_plugin.runs.doctor import examination
 from qat_plugin.runs.folder import CONVERTED, RunFolder, open_folder
 from qat_plugin.runs.interruption import EXIT_CODE, Interrupted, Interruptions
 from qat_plugin.runs.journal import journal, say
 from qat_plugin.runs.ladder import Ladder
-from qat_plugin.runs.skeleton import skeleton_of
-from qat_plugin.runs.subject import check_choices, network_of, subject_of
+from qat_plugin.runs.language_model import language_subject
+from qat_plugin.runs.planning import planned, policy_of
+from qat_plugin.runs.subject import Subject, network_of
 from qat_plugin.runs.training import accelerator_of
-from qat_plugin.scheme import Scheme
 
 MISTAKE: Final = 2
 _REPORT: Final = "report.json"
@@ -53,7 +55,7 @@ def run_job(job: Job, given: Sequence[str]) -> int:
                 print(examination())
             case "plan":
                 with journal(None, verbose=config.verbose):
-                    print(plan(job))
+                    print(planned(job))
             case "evaluate":
                 with journal(None, verbose=config.verbose):
                     evaluate(job)
@@ -65,45 +67,10 @@ def run_job(job: Job, given: Sequence[str]) -> int:
     return 0
 
 
-def policy_of(config: PolicyConfig) -> Policy:
-    """The policy of a recipe.
-
-    Raises:
-        ConfigError: when it changes nothing, or for a misspelt scheme; PolicyError for a malformed pattern.
-    """
-    if not config.rules and config.default is None:
-        raise ConfigError("the policy changes no layer: give policy.default=SCHEME or policy.rules.ROLE=SCHEME")
-    for key, spelled in [
-        ("default", config.default),
-        *((f"rules.{name}", rule) for name, rule in config.rules.items()),
-    ]:
-        if spelled not in (None, "keep"):
-            try:
-                Scheme.parse(spelled)
-            except SchemeError as error:
-                raise ConfigError(f"policy.{key}: {error}") from error
-    indivisible: Any = config.indivisible
-    return Policy(config.rules, default=config.default, keep=config.keep, indivisible=indivisible)
-
-
-def _check_spelling(key: str, scheme: str | None) -> None:
-    try:
-        if scheme not in (None, "keep"):
-            Scheme.parse(str(scheme))
-    except SchemeError as error:
-        raise ConfigError(f"policy.{key}: {error}") from error
-
-
-def plan(job: Job) -> Plan:
-    """Resolve the policy against the model's architecture; no weight is read and nothing is trained."""
-    check_choices(job.config)
-    return _planned(job, policy_of(job.config.policy))
-
-
 def evaluate(job: Job) -> None:
     """Measure the converted model of a run's folder beside its float model, or a model as it is."""
     config = job.config
-    subject = subject_of(config, job.allow)
+    subject = subject_of(job)
     network = network_of(subject.build()).eval()
     rows = [Row(reporting.FLOAT, subject.evaluate(network, None), model_bytes(network))]
     if config.run.dir is not None:
@@ -112,6 +79,13 @@ def evaluate(job: Job) -> None:
         rows.append(Row(reporting.RELOADED, subject.evaluate(small, network), model_bytes(small), file_bytes(folder)))
     report = Report(_title(config), rows=tuple(rows), parameters=parameter_count(network))
     reporting.print_report(report)
+
+
+def subject_of(job: Job) -> Subject:
+    """The model and the data that a recipe names, loaded or built."""
+    L.seed_everything(job.config.trainer.seed, workers=True, verbose=False)
+    custom = option_of(job.config, "model") == "custom"
+    return (custom_subject if custom else language_subject)(job.config, job.allow)
 
 
 def climb(job: Job, command: str) -> int:
@@ -124,7 +98,7 @@ def climb(job: Job, command: str) -> int:
     if job.recipe is None:
         names = ", ".join(entry.name for entry in recipes())
         raise ConfigError(f"task={config.task.name} needs a recipe: recipe=NAME, with NAME one of {names}")
-    _check_before_anything_is_written(job)
+    planned(job)  # what is wrong with the recipe shows before anything is written
     folder = open_folder(config, command, default=job.folder, allow=job.allow)
     interruptions = Interruptions(f"qat: stopped at once. Go on with: {folder.resume_command}")
     with journal(folder.path / "log", verbose=config.verbose):
@@ -147,22 +121,9 @@ def climb(job: Job, command: str) -> int:
     return 0
 
 
-def _check_before_anything_is_written(job: Job) -> None:
-    """All that can be known to be wrong without the model's weights."""
-    accelerator_of(job.config.trainer)
-    check_choices(job.config)
-    _planned(job, policy_of(job.config.policy))
-    if "qat" in job.config.task.stages:
-        Schedule(job.config.qat.start, job.config.qat.freeze).resolve(job.config.trainer.max_steps)
-
-
-def _planned(job: Job, policy: Policy) -> Plan:
-    return policy.plan(skeleton_of(job.config, job.allow), device=accelerator_of(job.config.trainer))
-
-
 def _climbed(job: Job, folder: RunFolder, interruptions: Interruptions) -> Report:
     config, record = job.config, folder.record
-    subject = subject_of(config, job.allow)
+    subject = subject_of(job)
     if record.data_fingerprint and record.data_fingerprint != subject.fingerprint:
         raise ConfigError(
             f"the data has changed since this run began (fingerprint {record.data_fingerprint[:12]}, now "

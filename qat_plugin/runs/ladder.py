@@ -28,6 +28,7 @@ from qat_plugin.policy import Plan, clean_name
 from qat_plugin.qat import calibrating, capture_inputs, load_quantizer_state, prepare, quantizer_state
 from qat_plugin.report import Report, Row
 from qat_plugin.runs.atomic import replacing
+from qat_plugin.runs.bf16 import in_bf16
 from qat_plugin.runs.folder import RunFolder
 from qat_plugin.runs.interruption import Interruptions
 from qat_plugin.runs.journal import say
@@ -182,7 +183,7 @@ class Ladder:
         trained_in_bf16 = next(self._reference.parameters()).dtype == torch.bfloat16
         models = {reporting.BF16 if trained_in_bf16 else reporting.FLOAT: self._reference}
         if not trained_in_bf16:
-            models[reporting.BF16] = network_of(self.subject.build()).to(torch.bfloat16)
+            models[reporting.BF16] = in_bf16(network_of(self.subject.build()))
         if "converted" in self.config.task.stages:
             models[reporting.CONVERTED] = self._from_disk()
             if not trained_in_bf16:
@@ -191,7 +192,7 @@ class Ladder:
 
     def _in_bf16(self) -> nn.Module:
         """The converted model, everything but its integers in bf16; its quality is a row of its own."""
-        network = self._from_disk().to(torch.bfloat16)
+        network = in_bf16(self._from_disk())
         note = "the converted model with all that is not integer in bf16, for which more kernels exist"
         metrics = self.subject.evaluate(network, self._reference)
         self._add(Row(CONVERTED_BF16, metrics, model_bytes(network), note=note))
@@ -243,7 +244,9 @@ class Ladder:
         return network
 
     def _from_disk(self) -> nn.Module:
-        return load_converted(network_of(self.subject.build()).eval(), self.folder.converted)
+        network = network_of(self.subject.build()).eval()
+        device = next(network.parameters()).device
+        return load_converted(network, self.folder.converted).to(device)
 
     def _measure(self, name: str, network: nn.Module) -> None:
         self._add(Row(name, self.subject.evaluate(network, self._reference), note=_NOTES.get(name, "")))

@@ -12,9 +12,11 @@ from torch import nn
 from qat_plugin.config.schema import Config, EmbeddedModel
 from qat_plugin.config.typed import option_of
 from qat_plugin.errors import CheckpointError
-from qat_plugin.kernels.torchao_import import import_torchao
+from qat_plugin.kernels.torchao_import import known_noise_dropped
 from qat_plugin.models.embedded import _model as embedded_architecture
-from qat_plugin.runs.subject import build_custom, embedded_recipe, network_of
+from qat_plugin.runs.custom import build_custom
+from qat_plugin.runs.language_model import embedded_recipe
+from qat_plugin.runs.subject import network_of
 
 
 def skeleton_of(config: Config, allow: tuple[str, ...]) -> nn.Module:
@@ -27,7 +29,7 @@ def skeleton_of(config: Config, allow: tuple[str, ...]) -> nn.Module:
     if option_of(config, "model") == "custom":
         return network_of(build_custom(config, allow))
     dtype = torch.bfloat16 if config.trainer.precision == "bf16-true" else torch.float32
-    with torch.device("meta"):
+    with torch.device("meta"), known_noise_dropped():  # transformers imports parts of torchao
         if isinstance(config.model, EmbeddedModel):
             tokens = SimpleNamespace(bos_token_id=0, eos_token_id=0)
             network: nn.Module = embedded_architecture(embedded_recipe(config.model), tokens)
@@ -37,7 +39,6 @@ def skeleton_of(config: Config, allow: tuple[str, ...]) -> nn.Module:
 
 
 def _from_directory(folder: Path) -> nn.Module:
-    import_torchao()  # before transformers imports it, noisily
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}

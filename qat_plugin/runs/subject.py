@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from qat_plugin.config.schema import AdamW, Config, EmbeddedModel, EmbeddedText, TextFiles, TransformersModel
-from qat_plugin.config.targets import instantiate, is_target
-from qat_plugin.config.typed import option_of
-from qat_plugin.data.embedded import embedded_corpus
-from qat_plugin.data.text import TextData
-from qat_plugin.errors import ConfigError, did_you_mean
+from qat_plugin.config.schema import Config
 from qat_plugin.measure import evaluate_classifier, evaluate_lm
-from qat_plugin.models.causal_lm import CausalLM, load_causal_lm
-from qat_plugin.models.embedded import EmbeddedRecipe, embedded_lm
+from qat_plugin.models.causal_lm import CausalLM
 from qat_plugin.report.model import Metrics
 from qat_plugin.runs.training import accelerator_of
 
 Batch = Any
 Workloads = dict[str, Any]
-_NESTED = (nn.Module,)
 
 
 @dataclass(frozen=True)
@@ -67,11 +57,11 @@ class Subject:
 
     def held_out(self) -> Any:
         """Batches to evaluate on."""
-        return _only(self.data.val_dataloader())
+        return first_loader(self.data.val_dataloader())
 
     def training_batches(self, count: int) -> list[Batch]:
         """The first batches of the training data."""
-        return list(islice(_only(self.data.train_dataloader()), count))
+        return list(islice(first_loader(self.data.train_dataloader()), count))
 
     def workloads(self, lengths: Iterable[int]) -> Workloads:
         """What to time: passes over so many tokens, or for a classifier over one example and a whole batch."""
@@ -114,157 +104,8 @@ def name_prefix(module: L.LightningModule) -> str:
     return next(f"{name}." if name else "" for name, child in module.named_modules() if child is network)
 
 
-def subject_of(config: Config, allow: tuple[str, ...]) -> Subject:
-    """Load or build what a recipe names.
-
-    Raises:
-        ConfigError: for options that do not go together, a path that does not exist, a class that is not allowed.
-        DataError: for data that cannot be used.
-        CheckpointError: for a model that cannot be loaded.
-    """
-    L.seed_everything(config.trainer.seed, workers=True, verbose=False)
-    if option_of(config, "model") == "custom":
-        return _custom(config, allow)
-    path = language_model_path(config.model)
-    _, tokenizer = load_causal_lm(path)
-    data = _text(config, config.data, tokenizer)
-    data.setup()
-    return Subject(lambda: _language_module(config, path, allow), data, language=True)
-
-
-def language_model_path(model: EmbeddedModel | TransformersModel) -> Path:
-    """The directory of the model; the embedded one is trained first if it is not in the cache."""
-    if isinstance(model, EmbeddedModel):
-        return embedded_lm(recipe=embedded_recipe(model))
-    return Path(model.path).expanduser()
-
-
-def embedded_recipe(model: EmbeddedModel) -> EmbeddedRecipe:
-    """The embedded model's recipe as its room knows it."""
-    return EmbeddedRecipe(**{name: value for name, value in asdict(model).items() if name != "kind"})
-
-
-def check_choices(config: Config) -> None:
-    """Raise for options that do not go together and paths that do not exist, before anything expensive happens.
-
-    Raises:
-        ConfigError: with what to choose instead, or the closest name beside a path.
-    """
-    if option_of(config, "model") == "custom":
-        if not is_target(config.data):
-            raise ConfigError(
-                "model=custom needs data=custom: your own LightningDataModule, data._target_=package.Class"
-            )
-        return
-    if option_of(config, "optimizer") == "own":
-        raise ConfigError("optimizer=own is for model=custom: a language model that qat loads has none of its own")
-    if not isinstance(config.data, (EmbeddedText, TextFiles)):
-        raise ConfigError("data=custom is for model=custom; with a language model use data=text or data=embedded")
-    named: list[tuple[str, str | None]] = []
-    if isinstance(config.model, TransformersModel):
-        named.append(("model.path", config.model.path))
-    if isinstance(config.data, TextFiles):
-        named += [("data.train", config.data.train), ("data.valid", config.data.valid)]
-    for key, given in named:
-        path = None if given is None else Path(given).expanduser()
-        if path is not None and not path.exists():
-            folder = path.absolute().parent
-            near = did_you_mean(path.name, [entry.name for entry in folder.iterdir()] if folder.is_dir() else [])
-            raise ConfigError(f"{key}={given} does not exist (looked for {path.absolute()}).{near}")
-
-
-def _language_module(config: Config, path: Path, allow: tuple[str, ...]) -> L.LightningModule:
-    model, tokenizer = load_causal_lm(path)
-    module = CausalLM(model, tokenizer, **_schedule(config.optimizer))
-    return _placed(_with_optimizer(module, config, allow), config)
-
-
-def _schedule(optimizer: Any) -> dict[str, Any]:
-    if isinstance(optimizer, AdamW):
-        return {
-            "learning_rate": optimizer.learning_rate,
-            "weight_decay": optimizer.weight_decay,
-            "warmup_steps": optimizer.warmup_steps,
-        }
-    return {}
-
-
-def _text(config: Config, data: EmbeddedText | TextFiles, tokenizer: Any) -> TextData:
-    if isinstance(data, TextFiles):
-        key = data.key
-        sources: tuple[Any, Any] = (Path(data.train).expanduser(), data.valid and Path(data.valid).expanduser())
-    else:
-        sizes = config.model if isinstance(config.model, EmbeddedModel) else EmbeddedModel()
-        corpus = embedded_corpus(train_characters=sizes.train_characters, valid_characters=sizes.valid_characters)
-        sources, key = (corpus.train_documents, corpus.valid_documents), "text"
-    return TextData(
-        tokenizer,
-        *sources,
-        sequence_length=data.sequence_length,
-        batch_size=data.batch_size,
-        eval_batch_size=data.eval_batch_size,
-        eval_tokens=data.eval_tokens,
-        seed=config.trainer.seed,
-        key=key,
-    )
-
-
-def _custom(config: Config, allow: tuple[str, ...]) -> Subject:
-    _see_working_directory(allow)
-    data = instantiate(config.data, (L.LightningDataModule,), nested=_NESTED, allow=allow, where="data")
-    data.prepare_data()
-    data.setup("fit")
-    batch = next(iter(_only(data.val_dataloader())), None)
-    ids, labels = (batch.get("input_ids"), batch.get("labels")) if isinstance(batch, Mapping) else (None, None)
-    language = ids is not None and labels is not None and ids.shape == labels.shape
-    return Subject(lambda: build_custom(config, allow), data, language)
-
-
-def build_custom(config: Config, allow: tuple[str, ...]) -> L.LightningModule:
-    """The user's own LightningModule, its weights a function of the seed.
-
-    Raises:
-        ConfigError: when its class or its arguments are not allowed.
-    """
-    _see_working_directory(allow)
-    L.seed_everything(config.trainer.seed, workers=True, verbose=False)
-    module = instantiate(config.model, (L.LightningModule,), nested=_NESTED, allow=allow, where="model")
-    return _placed(_with_optimizer(module, config, allow), config)
-
-
-def _see_working_directory(allow: tuple[str, ...]) -> None:
-    """A package that was allowed by name may lie in the working directory, where a console script does not look."""
-    if allow and "" not in sys.path:
-        sys.path.append("")
-
-
-def _with_optimizer(module: L.LightningModule, config: Config, allow: tuple[str, ...]) -> L.LightningModule:
-    """The module, its ``configure_optimizers`` replaced where the recipe names an optimizer class."""
-    spec, name = config.optimizer, type(module).__name__
-    if is_target(spec):
-
-        def configure_optimizers() -> torch.optim.Optimizer:
-            weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
-            made: torch.optim.Optimizer = instantiate(
-                spec, (torch.optim.Optimizer,), nested=(), allow=allow, where="optimizer", first=(weights,)
-            )
-            return made
-
-        configure_optimizers()
-        module.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
-    elif not isinstance(module, CausalLM):
-        if option_of(config, "optimizer") != "own":
-            raise ConfigError(
-                f"optimizer={option_of(config, 'optimizer')} is for the language models that qat loads; with "
-                f"model=custom say optimizer=own (the configure_optimizers of {name}) or optimizer=custom"
-            )
-        if not is_overridden("configure_optimizers", module):
-            raise ConfigError(f"optimizer=own: {name} has no configure_optimizers; define it, or use optimizer=custom")
-    return module
-
-
-def _placed(module: L.LightningModule, config: Config) -> L.LightningModule:
-    """In the float type of training and on the device of measurement."""
+def placed(module: L.LightningModule, config: Config) -> L.LightningModule:
+    """A module in the float type of training and on the device of measurement."""
     if config.trainer.precision == "bf16-true":
         module.to(torch.bfloat16)
     return module.to(accelerator_of(config.trainer))
@@ -274,6 +115,6 @@ def _rows(inputs: Any, count: int) -> Any:
     return {name: value[:count] for name, value in inputs.items()} if isinstance(inputs, dict) else inputs[:count]
 
 
-def _only(loaders: Any) -> Any:
+def first_loader(loaders: Any) -> Any:
     """The first of several loaders."""
     return loaders[0] if isinstance(loaders, (list, tuple)) else loaders

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from qat_plugin.callbacks import MixedPrecision, QuantizationAwareTraining
-from qat_plugin.conversion import is_converted, proof_of
+from qat_plugin.conversion import convert, is_converted, proof_of
 from qat_plugin.errors import ConfigError
 from qat_plugin.kernels.weight import CastWeight, QuantizedWeight
-from qat_plugin.qat import Phase, get_phase, is_prepared
+from qat_plugin.numerics import round_to_nearest
+from qat_plugin.qat import Phase, get_phase, is_prepared, load_quantizer_state, prepare
+from qat_plugin.scheme import Scheme
 from tests.callbacks.subjects import (
     CLASSES,
     VOCABULARY,
@@ -53,7 +56,7 @@ def dequantized(module: nn.Module) -> dict[str, Tensor]:
 def test_layers_may_be_built_anywhere(tmp_path: Path, built_in: str) -> None:
     module = Classifier(built_in)
     trainer(tmp_path, QuantizationAwareTraining("w4a8-g32")).fit(module, loader(), loader())
-    assert set(quantized(module)) == {"net.0.weight", "net.3.weight"}  # the last layer is the output head
+    assert set(quantized(module)) == {"net.0.weight", "net.3.weight", "net.5.weight"}
     assert all(not parameter.requires_grad for parameter in module.parameters())
 
 
@@ -73,7 +76,7 @@ def test_training_sees_the_quantized_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("make", "data", "layers"),
-    [(Classifier, None, 2), (Gpt2, tokens, 4), (Bert, tokens, 7)],
+    [(Classifier, None, 3), (Gpt2, tokens, 4), (Bert, tokens, 7)],
     ids=["mlp", "gpt2", "bert"],
 )
 def test_each_family_trains_converts_and_tests(
@@ -129,7 +132,7 @@ def test_precisions(tmp_path: Path, precision: Any, dtype: torch.dtype) -> None:
     run = trainer(tmp_path, QuantizationAwareTraining("w8a8"), precision=precision)
     run.fit(module, loader(), loader())
     weights = quantized(module)
-    assert len(weights) == 2 and {weight.dtype for weight in weights.values()} == {dtype}
+    assert len(weights) == 3 and {weight.dtype for weight in weights.values()} == {dtype}
     assert run.test(module, loader(), verbose=False)[0]["test_loss"] > 0
 
 
@@ -189,7 +192,7 @@ def test_manual_optimization_with_two_optimizers(tmp_path: Path, limit: dict[str
     before = module.net[0].weight.detach().clone()
     trainer(tmp_path, QuantizationAwareTraining("w8a8", start=0.5), Recorder(), **limit).fit(module, loader())
     assert phases == [Phase.FLOAT] * 2 + [Phase.FAKE_QUANTIZED] * 2  # half of the eight optimizer steps
-    assert len(quantized(module)) == 2
+    assert len(quantized(module)) == 3
     assert not torch.equal(module.net[0].weight.dequantize(), before)
 
 
@@ -229,7 +232,7 @@ def test_without_a_validation_loop(tmp_path: Path) -> None:
 
     module = NoValidation()
     trainer(tmp_path, QuantizationAwareTraining("w4a8-g32")).fit(module, loader())
-    assert len(quantized(module)) == 1
+    assert len(quantized(module)) == 2
 
 
 @pytest.mark.parametrize("weights", ["last", "best"])
@@ -290,28 +293,31 @@ class Worsening(Classifier):
         self.log("val_loss", float(self.current_epoch))
 
 
-@pytest.mark.parametrize("options", [{}, {"learn_scales": True}, {"start": 2, "freeze": 4}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"learn_scales": True}, {"start": 2, "freeze": 4}, {"start": 4}], ids=str)
 def test_the_best_weights_are_converted(tmp_path: Path, options: dict[str, Any]) -> None:
-    """The integers are those of the best checkpoint with its own scales, as training would go on from there."""
-    best = ModelCheckpoint(tmp_path, monitor="val_loss", filename="best", save_last=True)
+    """The integers are those of the best checkpoint with its own scales, not of the weights training ended with."""
+    best = ModelCheckpoint(tmp_path, monitor="val_loss", filename="best")
+    last = ModelCheckpoint(tmp_path, filename="final")
     module = Worsening()
     qat = QuantizationAwareTraining("w4a16-g32", weights="best", **options)
-    trainer(tmp_path, qat, best, max_steps=-1, max_epochs=3, limit_train_batches=3).fit(module, loader(), loader())
-    assert checkpoint(best.best_model_path)["epoch"] == 0
+    run = trainer(tmp_path, qat, best, last, max_steps=-1, max_epochs=3, limit_train_batches=3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.fit(module, loader(), loader())
+    assert any("post-training quantization" in str(w.message) for w in caught) == (options == {"start": 4})
 
-    twin = Worsening()
-    again = QuantizationAwareTraining("w4a16-g32", **options)
-    stop = trainer(tmp_path, again, max_steps=-1, max_epochs=1, limit_train_batches=3)
-    if "start" not in options:
-        stop.fit(twin, loader(), loader(), ckpt_path=best.best_model_path)  # nothing left to train: converts what it is
-        for name, weight in quantized(module).items():
-            assert torch.equal(weight.integers().q, quantized(twin)[name].integers().q)
-    last = checkpoint(best.last_model_path)["state_dict"]
-    first = checkpoint(best.best_model_path)["state_dict"]
-    for name, weight in quantized(module).items():
-        error = (weight.dequantize() - first[name]).norm()
-        assert error < (weight.dequantize() - last[name]).norm()
-    torch.testing.assert_close(module.net[5].weight, first["net.5.weight"], rtol=0, atol=0)
+    def converted(path: str) -> dict[str, Tensor]:
+        saved, twin = checkpoint(path), Worsening()
+        prepare(twin, "w4a16-g32", learn_scales="learn_scales" in options)
+        twin.load_state_dict(saved["state_dict"])
+        load_quantizer_state(twin, quantizers_in(saved))
+        return dequantized(convert(twin))
+
+    assert (checkpoint(best.best_model_path)["epoch"], checkpoint(last.best_model_path)["epoch"]) == (0, 2)
+    assert len(quantized(module)) == 3
+    first, final, now = converted(best.best_model_path), converted(last.best_model_path), dequantized(module)
+    assert all(torch.equal(now[name], first[name]) for name in first)
+    assert not any(torch.equal(now[name], final[name]) for name in final)
 
 
 def test_converting_can_be_left_to_the_user(tmp_path: Path) -> None:
@@ -320,16 +326,17 @@ def test_converting_can_be_left_to_the_user(tmp_path: Path) -> None:
     run.fit(module, loader(), loader())
     assert is_prepared(module) and not is_converted(module)
     assert run.test(module, loader(), verbose=False)[0]["test_loss"] > 0
-    run.fit_loop.max_steps = 9
-    run.fit(module, loader(), loader())  # and training can go on
-    assert run.global_step == 9 and is_prepared(module)
+    trained = module.net[0].weight.detach().clone()
+    trainer(tmp_path, QuantizationAwareTraining("w4a8-g32"), max_steps=2).fit(module, loader())  # training goes on
+    assert is_converted(module)
+    assert not torch.equal(module.net[0].weight.integers().q, round_to_nearest(trained, Scheme.parse("w4a8-g32")).q)
 
 
 def test_the_converted_model_may_run_in_bf16(tmp_path: Path) -> None:
     module = Classifier()
     trainer(tmp_path, QuantizationAwareTraining("w4a16-g32", dtype="bf16")).fit(module, loader(), loader())
     assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
-    assert len(quantized(module)) == 2
+    assert len(quantized(module)) == 3
     assert module.eval()(batch_of(loader())[0].bfloat16()).dtype is torch.bfloat16
 
 
@@ -384,7 +391,7 @@ def test_an_interrupted_fit_is_not_converted(tmp_path: Path, error: BaseExceptio
     assert is_prepared(module) and not is_converted(module)
     assert all(type(parameter) is nn.Parameter for parameter in module.parameters())
     assert not [hook for layer in module.modules() for hook in _capturing(layer)]
-    assert quantizers_in(checkpoint(tmp_path / "step=2.ckpt"))["layers"].keys() == {"net.0", "net.3"}
+    assert quantizers_in(checkpoint(tmp_path / "step=2.ckpt"))["layers"].keys() == {"net.0", "net.3", "net.5"}
     module.error = None  # type: ignore[assignment]
     again = Classifier()
     trainer(tmp_path, QuantizationAwareTraining("w4a8-g32", start=start)).fit(

@@ -163,6 +163,15 @@ def test_a_user_recipe_stands_beside_the_built_in_ones_and_may_replace_one(compo
     assert "qat_int4_tiny" in listed
 
 
+def test_a_users_folder_does_not_replace_hydras_own_options(compose: Compose, mine: Path) -> None:
+    (mine / "hydra" / "launcher").mkdir(parents=True)
+    (mine / "hydra" / "launcher" / "basic.yaml").write_text("_target_: os.system\n")
+    (mine / "hydra" / "job_logging").mkdir()
+    (mine / "hydra" / "job_logging" / "none.yaml").write_text("handlers:\n  x:\n    (): os.system\n")
+    compose("--config-dir", str(mine))
+    assert [job.config.trainer.seed for job in jobs_of("--config-dir", str(mine), "-m", "trainer.seed=1,2")] == [1, 2]
+
+
 def test_a_users_config_yaml_is_no_root(compose: Compose, mine: Path) -> None:
     (mine / "config.yaml").write_text("nonsense: 1\n")
     assert compose("--config-dir", str(mine)).trainer.max_steps == 200

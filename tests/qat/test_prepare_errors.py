@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.utils.parametrizations as parametrizations
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
 
 from qat_plugin import Phase, Plan, Policy, convert, prepare, set_phase, unprepare
 from qat_plugin.errors import PolicyError, PrepareError, QatError
@@ -144,6 +144,33 @@ def test_pruning_after_prepare_is_seen_by_fake_quantization(layer: nn.Module) ->
     assert torch.equal(model(x), sparse)
     convert(model)
     assert (model[0].weight.dequantize() == 0).float().mean() >= 0.5
+
+
+class Halved(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight / 2
+
+
+def test_parametrizing_after_prepare_is_seen_or_refused() -> None:
+    model, x = prepare(MLP(), "w4a16-g32"), batch("mlp")
+    whole = model.up(x) - model.up.bias
+    parametrize.register_parametrization(model.up, "weight", Halved())
+    torch.testing.assert_close(model.up(x) - model.up.bias, whole / 2)
+    with pytest.raises(PrepareError, match=r"up was parametrized after prepare\(\)"):
+        unprepare(model)
+    assert len(prepared_layers(model)) == 2
+    with pytest.raises(QatError, match="up: its weight is computed by pruning or a parametrization"):
+        convert(model)
+    parametrize.remove_parametrizations(model.up, "weight")
+    torch.testing.assert_close(unprepare(model).up(x) - model.up.bias, whole / 2, rtol=0.2, atol=0.2)
+    assert type(model.up) is nn.Linear
+
+
+def test_parametrizing_an_own_forward_after_prepare_is_refused() -> None:
+    layer = prepare(nn.Sequential(Scaled(64, 32)), "w4a16-g32")[0]
+    parametrize.register_parametrization(layer, "weight", Halved())
+    with pytest.raises(PrepareError, match=r"0: a parametrization was put on its weight after prepare\(\)"):
+        layer(torch.randn(2, 64))
 
 
 def test_converting_while_pruning_still_computes_the_weight() -> None:

@@ -111,6 +111,14 @@ def test_ctrl_c_then_the_command_it_prints_equals_an_uninterrupted_run(
         assert torch.equal(weight, states[1]["state_dict"][name])
 
 
+def test_the_resolved_recipe_reproduces_the_run(qat: Qat, mine: tuple[str, ...]) -> None:
+    assert qat(*mine, "run.dir=first", "trainer.seed=3").code == 0
+    again = qat("--config-dir", "first", "recipe=recipe", "run.dir=second", "allow=[mine_of_tests]")
+    assert again.code == 0, again.err
+    assert rows("second") == rows("first")
+    assert record("second")["config_hash"] == record("first")["config_hash"]
+
+
 def test_a_run_killed_between_checkpoints_goes_on_from_the_last_one(
     qat: Qat, mine: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

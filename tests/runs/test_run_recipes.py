@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from qat_plugin.config.places import recipes_folder
 from qat_plugin.config.schema import Config, EmbeddedModel
 from qat_plugin.models.embedded import EmbeddedRecipe, embedded_lm
 from qat_plugin.report import read_report
+from qat_plugin.runs.language_model import embedded_recipe
+from qat_plugin.runs.progress import TrainingProgress
 from qat_plugin.runs.skeleton import skeleton_of
-from qat_plugin.runs.subject import embedded_recipe
 
 from .conftest import Qat
 
@@ -84,6 +89,33 @@ def test_a_recipe_plans_without_training_or_reading_weights(
     assert done.code == 0, done.err
     assert "model.layers.{0..1}.mlp.down_proj" in done.out
     assert not (tmp_path / "empty").exists()
+
+
+@pytest.mark.parametrize("keys", [[], ["trainer.precision=bf16-mixed", "qat=learned_scales"]])
+def test_a_language_model_interrupted_in_qat_and_resumed_equals_an_uninterrupted_run(
+    keys: list[str], qat: Qat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = ["recipe=qat_int4_tiny", *QUICK, *small_model(), "trainer.max_steps=5", "task.stages=[float,qat]", *keys]
+    assert qat(*recipe, "run.dir=whole").code == 0
+    shown = TrainingProgress.on_train_batch_end
+
+    def press(self: TrainingProgress, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        shown(self, trainer, *args, **kwargs)
+        if trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainingProgress, "on_train_batch_end", press)
+        stopped = qat(*recipe, "run.dir=parts")
+    assert stopped.code == 130
+    assert "stopped after step 2" in stopped.err
+    resumed = qat("resume=parts")
+    assert resumed.code == 0, resumed.err
+    whole, parts = (read_report(Path(folder, "report.json")).rows for folder in ("whole", "parts"))
+    assert parts == whole
+    states = [torch.load(f"{run}/checkpoints/qat/last.ckpt", weights_only=True) for run in ("whole", "parts")]
+    for name, weight in states[0]["state_dict"].items():
+        assert torch.equal(weight, states[1]["state_dict"][name]), name
 
 
 def test_the_skeleton_is_the_model_without_its_weights() -> None:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat_plugin.convert.proof import LayerProof, relative_error
-from qat_plugin.convert.reload import requantize_on_load
+from qat_plugin.conversion.proof import LayerProof, relative_error
+from qat_plugin.conversion.reload import requantize_on_load
 from qat_plugin.errors import ConversionError, PrepareError
 from qat_plugin.kernels import kernel_named
 from qat_plugin.kernels.table import ROUNDING

@@ -4,8 +4,8 @@ An integer weight ``X`` is stored as ``X.q`` (rows packed to their bits), ``X.sc
 them ``X.zero_point`` (uint8) and ``X.activation_scale`` (float32): portable rows, whatever layout the kernel here uses.
 The header's one entry, ``qat_plugin``, is the SHA-256 (64 hexadecimal digits) of the JSON that follows it: the scheme,
 shape, type, orientation and use of each, which names are tied, the plan, the proof, and a SHA-256 of the tensors. One
-entry, because safetensors writes several in a random order: the same model gives the same bytes. ``plan.json`` beside it
-repeats the plan for readers.
+entry, because safetensors writes several in a random order: the same model gives the same bytes. ``plan.json`` beside
+it repeats the plan for readers.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat_plugin.convert.convert import Conversion, conversion_of, is_converted
-from qat_plugin.convert.frozen import refuse_training
-from qat_plugin.convert.proof import Proof
-from qat_plugin.convert.reload import requantize_on_load
+from qat_plugin.conversion.convert import Conversion, conversion_of, is_converted
+from qat_plugin.conversion.frozen import refuse_training
+from qat_plugin.conversion.proof import Proof
+from qat_plugin.conversion.reload import requantize_on_load
 from qat_plugin.errors import CheckpointError, ConversionError, did_you_mean
 from qat_plugin.kernels.packing import pack, packed_columns, unpack
 from qat_plugin.kernels.portable import SCALE_DTYPE

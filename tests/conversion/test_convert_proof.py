@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_plugin import Phase, capture_inputs, convert, is_converted, prepare, proof_of, set_phase, unprepare
-from qat_plugin.convert import LayerProof, Proof
+from qat_plugin.conversion import LayerProof, Proof
 from qat_plugin.errors import ConversionError, PrepareError
 from qat_plugin.kernels import LayerSpec, table
 from qat_plugin.kernels.portable import Portable

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_plugin import Phase, Policy, convert, is_converted, prepare, proof_of, set_phase
+from qat_plugin.conversion import conversion_of
 from qat_plugin.kernels.weight import CastWeight, QuantizedWeight
 from qat_plugin.qat import is_prepared, prepared_layers
 from tests.qat.arithmetic import grid
@@ -166,6 +167,17 @@ def test_hooks_stay_and_do_not_run_while_converting() -> None:
     assert calls == ["model", "up"]
 
 
+@pytest.mark.parametrize("prepared", [True, False])
+def test_every_module_keeps_its_mode(prepared: bool) -> None:
+    model = llama().train()
+    model.model.layers[0].mlp.eval()
+    model.lm_head.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    policy = {"default": "w8a8", "embedding": "w8a16"}
+    convert(prepare(model, policy)) if prepared else convert(model, policy)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
 def test_the_global_random_state_is_left_alone() -> None:
     model = prepare(llama(), "w4a8-g32")
     state = torch.get_rng_state()
@@ -222,6 +234,10 @@ class TestTies:
         assert relative(model(x), expected) < 2e-3
         assert model.a.weight is model.c.weight
         assert (model.a.weight.spelling, model.b.weight.spelling) == ("w8a16", "w8a8")
+        sizes = {entry.name: entry.bytes_after for entry in conversion_of(model).plan}
+        assert sizes["a"] >= 64 * 64
+        assert sizes["b"] >= 64 * 64
+        assert sizes["c"] == 0
 
     @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
     def test_float_layers_stay_tied(self, dtype: torch.dtype | None) -> None:
@@ -297,7 +313,8 @@ import itertools, torch
 from qat_plugin import convert, prepare
 torch.manual_seed(0)
 torch.set_num_threads(1)
-for scheme, features, outputs in itertools.product(("w8a16", "w8a8", "w4a16-g32", "w4a8-g32"), (8, 24, 172), (1, 24, 172)):
+schemes = ("w8a16", "w8a8", "w4a16-g32", "w4a8-g32")
+for scheme, features, outputs in itertools.product(schemes, (8, 24, 172), (1, 24, 172)):
     model = prepare(torch.nn.Sequential(torch.nn.Linear(features, outputs).bfloat16()), scheme)
     inputs = [torch.randn(rows, features).bfloat16() for rows in (1, 3, 16, 40)]
     expected = [model(x).float() for x in inputs]

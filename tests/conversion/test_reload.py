@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qat_plugin import Phase, convert, is_converted, load_converted, prepare, save_converted, set_phase
-from qat_plugin.convert import reload_float
+from qat_plugin.conversion import reload_float
 from qat_plugin.errors import CheckpointError, ConversionError
 from qat_plugin.kernels.weight import CastWeight, QuantizedWeight
 from qat_plugin.qat import prepared_layers, quantizer_state

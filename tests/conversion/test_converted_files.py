@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_plugin import Policy, convert, is_converted, load_converted, prepare, proof_of, save_converted
-from qat_plugin.convert import conversion_of, files
+from qat_plugin.conversion import conversion_of, files
 from qat_plugin.errors import CheckpointError, ConversionError
 from qat_plugin.kernels.weight import CastWeight, QuantizedWeight
 from tests.qat.models import FAMILIES, MLP, batch, encoder, gpt2, llama, output

@@ -1,9 +1,9 @@
 """Plan + prepared model -> real kernels; save and load them; each layer proven."""
 
-from qat_plugin.convert.convert import Conversion, conversion_of, convert, is_converted, proof_of
-from qat_plugin.convert.files import load_converted, save_converted
-from qat_plugin.convert.proof import LayerProof, Proof
-from qat_plugin.convert.reload import reload_float
+from qat_plugin.conversion.convert import Conversion, conversion_of, convert, is_converted, proof_of
+from qat_plugin.conversion.files import load_converted, save_converted
+from qat_plugin.conversion.proof import LayerProof, Proof
+from qat_plugin.conversion.reload import reload_float
 
 __all__ = [
     "Conversion",

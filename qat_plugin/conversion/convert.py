@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat_plugin.convert.frozen import refuse_training
-from qat_plugin.convert.layer import LayerConversion, cast_parameters, converted_weight, sharing_keys
-from qat_plugin.convert.proof import Proof
+from qat_plugin.conversion.frozen import refuse_training
+from qat_plugin.conversion.layer import LayerConversion, cast_parameters, converted_weight, sharing_keys
+from qat_plugin.conversion.proof import Proof
 from qat_plugin.errors import ConversionError, did_you_mean
 from qat_plugin.kernels import LayerSpec, choose, kernel_named
 from qat_plugin.kernels.weight import QuantizedWeight, is_converted_weight
@@ -54,7 +54,7 @@ def convert(
 
     A prepared model is converted with the scales training ended with; any other model is quantized by rounding to
     nearest with min-max scales. The result is for inference: its parameters no longer require gradients, and a backward
-    pass raises.
+    pass raises. Float weights are let go when the last layer is proven, so that memory peaks at both.
 
     Args:
         model: any module, prepared or not.
@@ -237,8 +237,9 @@ def _with_kernels(plan: Plan, layers: Mapping[str, nn.Module]) -> Plan:
             spec = LayerSpec(
                 entry.scheme, weight.out_features, weight.in_features, weight.device, weight.dtype, weight.usage
             )
-            kernel = kernel_named(weight.kernel_name)
-            size = 0 if entry.tied_to and not entry.untied_bytes else kernel.nbytes(spec)
+            kernel, leader = kernel_named(weight.kernel_name), layers.get(entry.tied_to or "")
+            shared = leader is not None and leader._parameters["weight"] is weight
+            size = 0 if shared else kernel.nbytes(spec)
             entry = replace(entry, kernel=kernel.name, note=choose(spec).note, bytes_after=size)
         entries.append(entry)
     return Plan(tuple(entries), plan.model)
