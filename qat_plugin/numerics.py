@@ -174,7 +174,7 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch
     Integers of eight bits and rounded scales are exact in every float type, so that the product in ``dtype`` itself is
     the float32 product rounded once: no intermediate in float32 is needed.
     """
-    groups = q.to(dtype).reshape(*scale.shape, -1)
+    groups = q.to(dtype).reshape(*scale.shape, q.numel() // max(scale.numel(), 1))  # -1 is ambiguous without rows
     if zero_point is not None:
         groups = groups - zero_point.to(dtype).unsqueeze(-1)
     return (groups * scale.to(dtype).unsqueeze(-1)).reshape(q.shape)
@@ -294,7 +294,8 @@ class _FakeQuantizeActivation(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor | None) -> Tensor:
         q, used = quantize_activation(x, scale)
         if scale is not None:
-            ctx.save_for_backward(x.abs() <= used * (ACTIVATION_QMAX + 0.5))
+            # in float32: the bound rounded to a 16-bit type would let clipped values through
+            ctx.save_for_backward(x.abs().to(torch.float32) <= used * (ACTIVATION_QMAX + 0.5))
         ctx.clips = scale is not None
         return (q * used).to(x.dtype)
 

@@ -35,9 +35,7 @@ def test_the_command_lists_its_recipes_from_the_wheel_alone(wheel: Path, tmp_pat
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     script = "import sys; sys.argv = ['qat']; from qat_plugin.__main__ import main; sys.exit(main())"
     environment = {"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment
-    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     for recipe in (ROOT / "recipes").glob("*.yaml"):
         assert recipe.stem in done.stdout

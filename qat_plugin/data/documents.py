@@ -98,7 +98,8 @@ def _existing_file(path: str | os.PathLike[str]) -> Path:
         siblings = [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else []
         where = "" if file.parent.is_dir() else f" (nor does the folder {file.parent.absolute()})"
         raise DataError(
-            f"data file {str(path)!r} does not exist{where}; looked for {file.absolute()}.{did_you_mean(file.name, siblings)}"
+            f"data file {str(path)!r} does not exist{where}; looked for "
+            f"{file.absolute()}.{did_you_mean(file.name, siblings)}"
         )
     if advice := _REFUSED_SUFFIXES.get(file.suffix.lower()):
         raise DataError(f"{str(path)!r}: {file.suffix} files are not read, only plain text and .jsonl; {advice}")

@@ -35,7 +35,8 @@ class TokenWindows(Dataset[dict[str, torch.Tensor]]):
         if len(tokens) < self.stride:
             raise DataError(
                 f"{source} has {len(tokens)} tokens, fewer than the {self.stride} of one window (sequence_length="
-                f"{length}{'' if bos is None else ', one of them the BOS'}); give more text or a smaller sequence_length"
+                f"{length}{'' if bos is None else ', one of them the BOS'}); give more text or a smaller "
+                "sequence_length"
             )
         self.bos = bos
         self._windows = tokens[: len(tokens) // self.stride * self.stride].view(-1, self.stride)

@@ -108,8 +108,8 @@ class AtenInt8(Kernel):
     """w8a16 in bf16: ATen's product for few rows; the dequantized weight in a float product above that."""
 
     name = "aten-int8"
-    # Rows up to which ATen's kernel wins over dequantizing into a bf16 product: one thread of an AVX512-BF16 x86 has the
-    # crossing near 30 rows at 1024 x 1024 and 130 at 4096 x 4096.
+    # Rows up to which ATen's kernel wins over dequantizing into a bf16 product: one thread of an AVX512-BF16 x86 has
+    # the crossing near 30 rows at 1024 x 1024 and 130 at 4096 x 4096.
     few_rows = 64
 
     def serves(self, scheme: Scheme, device: torch.device) -> bool:

@@ -69,7 +69,8 @@ class Portable(Kernel):
     def embedding(self, ids: Tensor, weight: QuantizedWeight) -> Tensor:
         """Gathers packed rows, then dequantizes only those."""
         scheme, flat = weight.scheme, ids.reshape(-1)
-        q = unpack(weight.data_[flat], scheme.weight_bits, weight.in_features, signed=scheme.symmetric)
+        # index_select refuses negative ids, as F.embedding does; indexing would wrap them around
+        q = unpack(weight.data_.index_select(0, flat), scheme.weight_bits, weight.in_features, signed=scheme.symmetric)
         scale, zero_point = weight.scale, weight.zero_point
         if not scheme.per_tensor:
             scale, zero_point = scale[flat], None if zero_point is None else zero_point[flat]

@@ -179,7 +179,14 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
         """Pickle the integers, not the kernel's layout: oneDNN's opaque tensors have no bytes to write."""
         integers = self.integers()
         parts = (integers.q, integers.scale, integers.zero_point, self.activation_scale)
-        return _from_parts, (*parts, self.spelling, self.logical_dtype, self.transposed, self.usage, _is_parameter(self))
+        return _from_parts, (
+            *parts,
+            self.spelling,
+            self.logical_dtype,
+            self.transposed,
+            self.usage,
+            _is_parameter(self),
+        )
 
     def __repr__(self) -> str:
         return f"QuantizedWeight({self.spelling}, shape={tuple(self.logical_shape)}, kernel={self.kernel_name})"

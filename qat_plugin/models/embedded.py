@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,9 +78,7 @@ def cache_directory() -> Path:
     return Path(platformdirs.user_cache_dir("qat_plugin"))
 
 
-def embedded_lm(
-    *, seed: int = 0, progress: Progress | bool = True, recipe: EmbeddedRecipe | None = None
-) -> Path:
+def embedded_lm(*, seed: int = 0, progress: Progress | bool = True, recipe: EmbeddedRecipe | None = None) -> Path:
     """The directory of the embedded model; trains it first when it is not cached (about a minute and a half).
 
     Args:
@@ -197,7 +196,8 @@ def _train(model: Any, data: TextData, recipe: EmbeddedRecipe, progress: Progres
         return 0.05 + 0.475 * (1 + math.cos(math.pi * (step - warmup) / max(1, recipe.steps - warmup)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    batches, epoch = iter(()), 0
+    batches: Iterator[dict[str, Tensor]] = iter(())
+    epoch = 0
     model.train()
     with progressing(progress, "training the embedded model", recipe.steps) as advance:
         for step in range(recipe.steps):

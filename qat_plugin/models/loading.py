@@ -107,7 +107,8 @@ def _check_vocabulary(folder: Path, model: Any, tokenizer: Any) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise CheckpointError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}: they do not belong together"
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}: they do not "
+            "belong together"
         )
 
 

@@ -104,7 +104,9 @@ def test_a_cast_weight_is_its_narrow_self_everywhere(stored: torch.dtype) -> Non
     assert torch.equal(F.embedding(ids, weight), narrow[ids])
     assert torch.equal(F.linear(x, weight), F.linear(x, narrow))
     assert torch.equal(weight * 2, narrow * 2)
-    assert torch.equal(F.layer_norm(x, (64,), CastWeight(original[0].to(stored), torch.float32)), F.layer_norm(x, (64,), narrow[0]))
+    assert torch.equal(
+        F.layer_norm(x, (64,), CastWeight(original[0].to(stored), torch.float32)), F.layer_norm(x, (64,), narrow[0])
+    )
     layer = nn.Embedding(20, 64)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     twin = copy.deepcopy(layer).to(torch.bfloat16)

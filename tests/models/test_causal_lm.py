@@ -16,7 +16,8 @@ from qat_plugin.models.causal_lm import CausalLM, load_causal_lm
 
 
 def _trainer(tmp_path: Path, **options: object) -> L.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    names = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    quiet = dict.fromkeys(names, False)
     return L.Trainer(accelerator="cpu", default_root_dir=tmp_path, **(quiet | options))  # type: ignore[arg-type]
 
 

@@ -39,7 +39,9 @@ def test_a_missing_shard_is_named(minute_model: Path) -> None:
 
 
 def test_an_index_may_not_point_outside(minute_model: Path) -> None:
-    (minute_model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../other.safetensors"}}))
+    (minute_model / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "../other.safetensors"}})
+    )
     with pytest.raises(CheckpointError, match="outside"):
         load_causal_lm(minute_model)
 

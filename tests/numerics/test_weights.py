@@ -88,7 +88,8 @@ def test_quantizing_twice_changes_nothing(spelling: str) -> None:
 @pytest.mark.parametrize("tails", ["normal", "heavy"])
 def test_gguf_quantizes_our_weights_to_our_own_integers(spelling: str, kind: str, tails: str) -> None:
     gguf = pytest.importorskip("gguf")
-    weight = torch.randn(64, 256) * 0.02 if tails == "normal" else torch.distributions.StudentT(3.0).sample((64, 256)) * 0.02
+    draw = torch.randn(64, 256) if tails == "normal" else torch.distributions.StudentT(3.0).sample((64, 256))
+    weight = draw * 0.02
     ours = round_to_nearest(weight, Scheme.parse(spelling))
     packed = gguf.quants.quantize(ours.dequantize().numpy(), getattr(gguf.GGMLQuantizationType, kind))
     theirs = gguf.quants.dequantize(packed, getattr(gguf.GGMLQuantizationType, kind))

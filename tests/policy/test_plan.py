@@ -16,7 +16,9 @@ from qat_plugin.policy import largest_divisor
 from tests.policy import zoo
 
 
-@pytest.mark.parametrize(("number", "limit", "divisor"), [(172, 32, 4), (256, 32, 32), (7, 32, 7), (13, 5, 1), (96, 64, 48)])
+@pytest.mark.parametrize(
+    ("number", "limit", "divisor"), [(172, 32, 4), (256, 32, 32), (7, 32, 7), (13, 5, 1), (96, 64, 48)]
+)
 def test_largest_divisor(number: int, limit: int, divisor: int) -> None:
     assert largest_divisor(number, limit) == divisor
 

@@ -107,7 +107,12 @@ def test_names_that_would_collide_without_wrappers_keep_them() -> None:
 
 def test_layers_without_a_kernel_are_listed_with_the_reason() -> None:
     model = nn.ModuleDict(
-        {"conv": nn.Conv2d(3, 4, 3), "lstm": nn.LSTM(4, 4), "mha": nn.MultiheadAttention(8, 2), "bag": nn.EmbeddingBag(4, 4)}
+        {
+            "conv": nn.Conv2d(3, 4, 3),
+            "lstm": nn.LSTM(4, 4),
+            "mha": nn.MultiheadAttention(8, 2),
+            "bag": nn.EmbeddingBag(4, 4),
+        }
     )
     blocked = {c.name: c.blocked for c in candidates(model)}
     assert set(blocked) == {"conv", "lstm", "mha", "mha.out_proj", "bag"}
