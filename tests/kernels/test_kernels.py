@@ -19,7 +19,8 @@ from qat_plugin.numerics import Quantized, quantize_activation, round_to_nearest
 
 SCHEMES = [
     "w8a16", "w8a16-g32", "w8a16-asym", "w8a8", "w8a8-tensor", "w8a8-g32", "w8a8-asym",
-    "w4a16-g32", "w4a16-g64", "w4a16-g128", "w4a16", "w4a16-g32-asym", "w4a8-g32", "w4a8-g32-asym", "w3a16-g32", "w3a8-g32-asym", "w2a16-g32", "w2a16-g32-asym",
+    "w4a16-g32", "w4a16-g64", "w4a16-g128", "w4a16", "w4a16-g32-asym", "w4a8-g32", "w4a8-g32-asym",
+    "w3a16-g32", "w3a8-g32-asym", "w2a16-g32", "w2a16-g32-asym",
 ]  # fmt: skip
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
