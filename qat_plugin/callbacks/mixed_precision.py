@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
+from qat_plugin.callbacks.qat import QuantizationAwareTraining
 from qat_plugin.conversion import convert, is_converted, proof_of
 from qat_plugin.errors import ConfigError
 from qat_plugin.policy import Policy, PolicyLike
@@ -22,7 +23,8 @@ class MixedPrecision(Callback):
         policy: float schemes only, for example ``{"embedding": "fp16", "ffn": "bf16"}``.
 
     Raises:
-        ConfigError: when the policy holds a scheme that is not a float type, or the module is converted already.
+        ConfigError: when the policy holds a scheme that is not a float type, the module is converted already, or the
+            fit has a QuantizationAwareTraining as well.
 
     Example::
 
@@ -41,7 +43,14 @@ class MixedPrecision(Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit" and is_converted(pl_module):
+        if stage != "fit":
+            return
+        if any(isinstance(callback, QuantizationAwareTraining) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ConfigError(
+                "MixedPrecision and QuantizationAwareTraining in one fit: give QuantizationAwareTraining one policy with "
+                'the casts in it, for example {"embedding": "fp16", "ffn": "w4a8-g32"}'
+            )
+        if is_converted(pl_module):
             raise ConfigError(f"{type(pl_module).__name__} was converted by an earlier fit and cannot be trained on")
 
     @override

@@ -95,7 +95,9 @@ class QuantizationAwareTraining(Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(policy=str(self._policy.summary() if isinstance(self._policy, Plan) else self._policy))
+        return self._generate_state_key(
+            policy=str(self._policy.summary() if isinstance(self._policy, Plan) else self._policy)
+        )
 
     def phase_at(self, trainer: L.Trainer, steps: Steps) -> Phase:
         """The phase that training should be in now; override it for a schedule of your own.
@@ -110,7 +112,9 @@ class QuantizationAwareTraining(Callback):
         if stage != "fit":
             return
         self._check_fit(trainer, pl_module)
-        if not is_prepared(pl_module):
+        if is_prepared(pl_module):
+            self._check_prepared(trainer, pl_module)
+        else:
             _after_configure_model(pl_module, lambda: self._prepare(trainer, pl_module))
 
     @override
@@ -126,7 +130,9 @@ class QuantizationAwareTraining(Callback):
             self._resume.on_train_epoch_start(trainer, pl_module)
 
     @override
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self._follow_schedule(trainer, pl_module)
         if not self._inputs and get_phase(pl_module) in (Phase.FAKE_QUANTIZED, Phase.FROZEN):
             self._capture = capture_inputs(pl_module)
@@ -156,7 +162,9 @@ class QuantizationAwareTraining(Callback):
         if self._weights == "best" and not trainer.fast_dev_run:  # which saves nothing
             self._load_best(trainer, pl_module)
         if get_phase(pl_module) in (Phase.FLOAT, Phase.OBSERVING):
-            rank_zero_warn("fake quantization never ran on these weights: converting them is post-training quantization")
+            rank_zero_warn(
+                "fake quantization never ran on these weights: converting them is post-training quantization"
+            )
         convert(pl_module, inputs=self._inputs, dtype=self._dtype)
         rank_zero_info(f"QuantizationAwareTraining: {proof_of(pl_module)}")
 
@@ -186,10 +194,15 @@ class QuantizationAwareTraining(Callback):
         load_quantizer_state(self._module, state_dict["quantizers"])
 
     @override
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """A float checkpoint into a converted module: with the scales of that checkpoint (Lightning #12896)."""
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A float checkpoint into a converted module: with the scales of that checkpoint (Lightning #12896).
+
+        Raises:
+            CheckpointError: when training is to resume from a checkpoint of another policy; Lightning would warn, and
+                start with scales and phase of a new run.
+        """
+        if trainer.state.fn == "fit":
+            self._check_same_policy(trainer, checkpoint)
         state = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("quantizers")
         if is_converted(pl_module) and state is not None:
             reload_float(pl_module, checkpoint["state_dict"], state)
@@ -205,10 +218,38 @@ class QuantizationAwareTraining(Callback):
         if self._weights == "best" and not trainer.fast_dev_run:
             _best_checkpoint_callback(trainer)
 
+    def _check_prepared(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Raise when a module that was prepared before is to be trained otherwise than it was prepared."""
+        there = {layer.name: layer.scheme for layer in plan_of(pl_module).quantized}
+        here = {layer.name: layer.scheme for layer in self._plan(trainer, pl_module).quantized}
+        way = "Use the same arguments, or qat_plugin.unprepare(module) first"
+        for name in sorted(there.keys() | here.keys()):
+            if there.get(name) != here.get(name):
+                was, wanted = there.get(name) or "not quantized", here.get(name) or "not quantized"
+                raise ConfigError(
+                    f"{name} is prepared already as {was}, and this callback's policy says {wanted}. {way}"
+                )
+        learned = any(name.endswith(".fake_quantizer.scale") for name, _ in pl_module.named_parameters())
+        if learned != self._learn_scales:
+            raise ConfigError(
+                f"the module is prepared already with learn_scales={learned}, not {self._learn_scales}. {way}"
+            )
+
+    def _check_same_policy(self, trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+        saved = [key for key in checkpoint.get("callbacks", {}) if key.startswith(type(self).__qualname__ + "{")]
+        if saved and self.state_key not in saved:
+            raise CheckpointError(
+                f"the checkpoint was trained by {saved[0]}, this is {self.state_key}: resume with the policy that it was "
+                "made with, or load only its weights (module.load_state_dict) to start anew from them"
+            )
+
+    def _plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Plan:
+        if isinstance(self._policy, Plan):
+            return self._policy
+        return self._policy.plan(pl_module, device=trainer.strategy.root_device, dtype=self._dtype)
+
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        plan = self._policy if isinstance(self._policy, Plan) else self._policy.plan(
-            pl_module, device=trainer.strategy.root_device, dtype=self._dtype
-        )
+        plan = self._plan(trainer, pl_module)
         phase = Phase.FAKE_QUANTIZED if self._schedule.start == 0 else Phase.FLOAT
         prepare(pl_module, plan, learn_scales=self._learn_scales, phase=phase)
         rank_zero_info(f"QuantizationAwareTraining: {plan.summary()}")

@@ -199,9 +199,7 @@ class ExactResume(Callback):
         if any(isinstance(loader, _Position) for loader in combined.flattened):
             return False
         apart = any(_is_stream(loader) for loader in combined.flattened)
-        wrapped = [
-            loader if _is_stateful(loader) else _Position(loader, apart=apart) for loader in combined.flattened
-        ]
+        wrapped = [loader if _is_stateful(loader) else _Position(loader, apart=apart) for loader in combined.flattened]
         self._positions = [loader for loader in wrapped if isinstance(loader, _Position)]
         combined.flattened = wrapped
         return True
@@ -308,4 +306,6 @@ def _add_results(trainer: L.Trainer, saved: dict[str, dict[str, Tensor]]) -> Non
         else:
             metric.value = metric.meta.reduce_fx(before, metric.value)
         if metric.meta.is_mean_reduction:
-            metric.cumulated_batch_size = state["cumulated_batch_size"].to(metric.value.device) + metric.cumulated_batch_size
+            metric.cumulated_batch_size = (
+                state["cumulated_batch_size"].to(metric.value.device) + metric.cumulated_batch_size
+            )

@@ -49,7 +49,9 @@ class Schedule:
             return
         _check("freeze", self.freeze)
         if type(self.start) is type(self.freeze) and self.freeze < self.start:
-            raise ConfigError(f"freeze={self.freeze} comes before start={self.start}: scales freeze after they were used")
+            raise ConfigError(
+                f"freeze={self.freeze} comes before start={self.start}: scales freeze after they were used"
+            )
 
     def resolve(self, total: float, *, observe: bool = False) -> Steps:
         """The schedule in steps.
@@ -69,7 +71,9 @@ class Schedule:
                 "start. Start earlier or train longer"
             )
         if freeze is not None and freeze < start:
-            raise ConfigError(f"freeze={self.freeze} is step {freeze}, before start={self.start}, which is step {start}")
+            raise ConfigError(
+                f"freeze={self.freeze} is step {freeze}, before start={self.start}, which is step {start}"
+            )
         return Steps(start, freeze, observe)
 
 

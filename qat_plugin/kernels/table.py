@@ -119,9 +119,20 @@ class Choice:
 _KERNELS: dict[str, Kernel] = {}
 
 
-def register(kernel: Kernel) -> None:
-    """Add a kernel to the table, behind those registered before it."""
-    _KERNELS[kernel.name] = kernel
+def register(kernel: Kernel, *, before: str = "dequantize") -> None:
+    """Add a kernel to the table.
+
+    Args:
+        kernel: asked for each layer it serves.
+        before: the kernel that it is preferred to; by default the portable one, which serves everything. A name that
+            is not in the table means last.
+    """
+    order = [name for name in _KERNELS if name != kernel.name]
+    place = order.index(before) if before in order else len(order)
+    known = {**_KERNELS, kernel.name: kernel}
+    order.insert(place, kernel.name)
+    _KERNELS.clear()
+    _KERNELS.update({name: known[name] for name in order})
 
 
 def kernel_named(name: str) -> Kernel:

@@ -138,7 +138,9 @@ def assert_equal(left: Any, right: Any, where: str) -> None:
 
 
 def every_step(folder: Path) -> ModelCheckpoint:
-    return ModelCheckpoint(folder, save_top_k=-1, every_n_train_steps=1, filename="{step}", auto_insert_metric_name=True)
+    return ModelCheckpoint(
+        folder, save_top_k=-1, every_n_train_steps=1, filename="{step}", auto_insert_metric_name=True
+    )
 
 
 CASES = {

@@ -127,7 +127,7 @@ def test_a_static_scale_survives_copies_and_moves(spelling: str) -> None:
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_arithmetic_of_cudas_int8_kernels_on_the_cpu(name: str, spelling: str, dtype: torch.dtype) -> None:
-    """Their operators exist on CPUs too: padding and scales are checked here, the device's product where there is one."""
+    """Their operators exist on CPUs too: this checks rows and scales, not what the device itself asks for."""
     weight = packed_weight(spelling, 64, 128, dtype, kernel=name)
     kernel: Kernel = kernel_named(name)
     spec = LayerSpec(Scheme.parse(spelling), 64, 128, torch.device("cuda"), dtype)
