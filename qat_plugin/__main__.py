@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QatError as error:
         print(f"qat: {error}", file=sys.stderr)
         return MISTAKE
-    except KeyboardInterrupt:  # before a run's folder exists: there is nothing to save or to resume
+    except KeyboardInterrupt:  # before a run's folder exists
+        print("qat: stopped before the run began; there is nothing to save or to resume", file=sys.stderr)
         return INTERRUPTED
 
 

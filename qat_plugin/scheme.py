@@ -36,6 +36,14 @@ EXAMPLES: Final[tuple[str, ...]] = (
     "nf4", "nf4-dq",
 )  # fmt: skip
 
+# What people say, and the schemes it may stand for.
+_COLLOQUIAL: Final[dict[str, str]] = {
+    **dict.fromkeys(("int4", "4bit", "w4", "q40"), "'w4a16-g32' (INT4 weights) or 'w4a8-g32' (and INT8 activations)"),
+    **dict.fromkeys(("int8", "8bit", "w8", "q80"), "'w8a8' (INT8 weights and activations) or 'w8a16' (weights only)"),
+    **dict.fromkeys(("float32", "float", "fp"), "'fp32'"),
+    **dict.fromkeys(("bfloat16",), "'bf16'"),
+    **dict.fromkeys(("float16", "half"), "'fp16'"),
+}
 _SPELLING = re.compile(r"w(?P<w>\d+)a(?P<a>\d+)(?P<suffixes>(?:-[a-z0-9]+)*)")
 _GRAMMAR = (
     "a scheme is fp32, bf16, fp16, nf4, nf4-dq or w{8,4,3,2}a{16,8} followed, in this order, by any of "
@@ -110,7 +118,9 @@ class Scheme:
             return cls("nf4", weight_bits=4, group_size=64, double_quant=text == "nf4-dq")
         match = _SPELLING.fullmatch(text)
         if match is None:
-            raise SchemeError(f"unknown scheme {spelling!r}.{did_you_mean(text, EXAMPLES)} In general, {_GRAMMAR}")
+            colloquial = _COLLOQUIAL.get(text.replace("-", "").replace("_", ""))
+            hint = f" Did you mean {colloquial}?" if colloquial else did_you_mean(text, EXAMPLES)
+            raise SchemeError(f"unknown scheme {spelling!r}.{hint} In general, {_GRAMMAR}")
         fields = _parse_suffixes(spelling, [part for part in match["suffixes"].split("-") if part])
         return cls("integer", weight_bits=int(match["w"]), activation_bits=int(match["a"]), **fields)  # type: ignore[arg-type]
 

@@ -64,7 +64,9 @@ def test_integer_ranges(spelling: str, qmin: int, qmax: int) -> None:
 @pytest.mark.parametrize(
     ("spelling", "text"),
     [
-        ("int4", "unknown scheme 'int4'"),
+        ("int4", "unknown scheme 'int4'. Did you mean 'w4a16-g32'"),
+        ("INT-8", "Did you mean 'w8a8'"),
+        ("bfloat16", "Did you mean 'bf16'"),
         ("w4a16g32", "Did you mean 'w4a16-g32'"),
         ("w5a8", "5-bit weights.*8, 4, 3 and 2"),
         ("w4a4", "4-bit activations"),

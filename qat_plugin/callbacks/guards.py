@@ -36,6 +36,6 @@ def check_other_callbacks(trainer: L.Trainer, callback: Callback) -> None:
             return
         if isinstance(other, (WeightAveraging, StochasticWeightAveraging)):
             raise ConfigError(
-                f"{type(other).__name__} copies the module when it is set up: list {type(callback).__name__} before it, "
-                "so that the copy is prepared too"
+                f"{type(other).__name__} copies the module when it is set up: list {type(callback).__name__} before "
+                "it, so that the copy is prepared too"
             )

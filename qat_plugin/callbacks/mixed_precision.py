@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from qat_plugin.callbacks.qat import QuantizationAwareTraining
@@ -45,10 +45,11 @@ class MixedPrecision(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if any(isinstance(callback, QuantizationAwareTraining) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        others: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(callback, QuantizationAwareTraining) for callback in others):
             raise ConfigError(
-                "MixedPrecision and QuantizationAwareTraining in one fit: give QuantizationAwareTraining one policy with "
-                'the casts in it, for example {"embedding": "fp16", "ffn": "w4a8-g32"}'
+                "MixedPrecision and QuantizationAwareTraining in one fit: give QuantizationAwareTraining one policy "
+                'with the casts in it, for example {"embedding": "fp16", "ffn": "w4a8-g32"}'
             )
         if is_converted(pl_module):
             raise ConfigError(f"{type(pl_module).__name__} was converted by an earlier fit and cannot be trained on")

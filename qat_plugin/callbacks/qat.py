@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,14 +11,14 @@ from typing import Any, Final, Literal, get_args
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from qat_plugin.callbacks.guards import check_other_callbacks, check_strategy
 from qat_plugin.callbacks.resume import ExactResume
 from qat_plugin.callbacks.schedule import Schedule, Steps
-from qat_plugin.conversion import convert, is_converted, proof_of, reload_float
+from qat_plugin.conversion import convert, dequantized_state_dict, is_converted, proof_of, reload_float
 from qat_plugin.errors import CheckpointError, ConfigError
 from qat_plugin.policy import Plan, Policy, PolicyLike
 from qat_plugin.qat import (
@@ -159,7 +160,7 @@ class QuantizationAwareTraining(Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._convert or not is_prepared(pl_module):
             return
-        if self._weights == "best" and not trainer.fast_dev_run:  # which saves nothing
+        if self._weights == "best" and not _saves_nothing(trainer):
             self._load_best(trainer, pl_module)
         if get_phase(pl_module) in (Phase.FLOAT, Phase.OBSERVING):
             rank_zero_warn(
@@ -194,6 +195,12 @@ class QuantizationAwareTraining(Callback):
         load_quantizer_state(self._module, state_dict["quantizers"])
 
     @override
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint saved after conversion is float too: it holds the numbers that the integers stand for."""
+        if is_converted(pl_module):
+            checkpoint["state_dict"] = dequantized_state_dict(pl_module)
+
+    @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """A float checkpoint into a converted module: with the scales of that checkpoint (Lightning #12896).
 
@@ -210,12 +217,13 @@ class QuantizationAwareTraining(Callback):
     def _check_fit(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if is_converted(pl_module):
             raise ConfigError(
-                f"{type(pl_module).__name__} was converted to integers by an earlier fit and cannot be trained on. Build a "
-                "fresh module and resume it from a checkpoint (ckpt_path=...), or pass convert=False to the earlier fit"
+                f"{type(pl_module).__name__} was converted to integers by an earlier fit and cannot be trained on. "
+                "Build a fresh module and resume it from a checkpoint (ckpt_path=...), or pass "
+                "convert=False to the earlier fit"
             )
         check_strategy(trainer)
         check_other_callbacks(trainer, self)
-        if self._weights == "best" and not trainer.fast_dev_run:
+        if self._weights == "best" and not _saves_nothing(trainer):
             _best_checkpoint_callback(trainer)
 
     def _check_prepared(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -239,8 +247,8 @@ class QuantizationAwareTraining(Callback):
         saved = [key for key in checkpoint.get("callbacks", {}) if key.startswith(type(self).__qualname__ + "{")]
         if saved and self.state_key not in saved:
             raise CheckpointError(
-                f"the checkpoint was trained by {saved[0]}, this is {self.state_key}: resume with the policy that it was "
-                "made with, or load only its weights (module.load_state_dict) to start anew from them"
+                f"the checkpoint was trained by {saved[0]}, this is {self.state_key}: resume with the policy that "
+                "it was made with, or load only its weights (module.load_state_dict) to start anew from them"
             )
 
     def _plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Plan:
@@ -281,6 +289,11 @@ class QuantizationAwareTraining(Callback):
         rank_zero_info(f"QuantizationAwareTraining: converting the best checkpoint, {path}")
 
 
+def _saves_nothing(trainer: L.Trainer) -> bool:
+    """Whether this is a fast_dev_run, which disables checkpoints."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
 def _after_configure_model(pl_module: L.LightningModule, then: Callable[[], None]) -> None:
     """Call ``then`` once, right after the module's ``configure_model``: the last moment before weights are restored,
     the optimizer is built and the module is moved. Lightning has no hook there."""
@@ -303,6 +316,8 @@ def _total_steps(trainer: L.Trainer) -> float:
     if trainer.max_steps >= 0 and trainer.max_epochs in (None, -1):
         return trainer.max_steps
     total = trainer.estimated_stepping_batches
+    if total < 0:  # epochs of a stream: Lightning answers with max_steps, -1
+        return math.inf
     if trainer.max_steps >= 0:
         return min(total, trainer.max_steps)
     return total * max(1, len(trainer.optimizers)) if not trainer.lightning_module.automatic_optimization else total
@@ -317,8 +332,8 @@ def _best_checkpoint_callback(trainer: L.Trainer) -> ModelCheckpoint:
         if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
             if callback.save_weights_only:
                 raise ConfigError(
-                    "weights='best' needs the scales that were in force, and ModelCheckpoint(save_weights_only=True) does "
-                    "not save them: pass save_weights_only=False"
+                    "weights='best' needs the scales that were in force, and ModelCheckpoint(save_weights_only=True) "
+                    "does not save them: pass save_weights_only=False"
                 )
             return callback
     raise ConfigError("weights='best' needs a ModelCheckpoint(monitor=...) among the Trainer's callbacks")

@@ -27,7 +27,7 @@ def set_states(states: States) -> None:
 def capture() -> dict[str, Any]:
     """States of torch (CPU, and every CUDA device there is), NumPy's legacy generator and Python's."""
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
@@ -91,7 +92,7 @@ class _Position:
 def _apart(batches: Iterator[Any]) -> Iterator[Any]:
     """The same batches, fetched with generators of their own, which are seeded by one draw now."""
     seed, training = int(torch.randint(2**32, ()).item()), get_states()
-    torch.random.default_generator.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
     fetching = get_states()
@@ -141,17 +142,18 @@ class ExactResume(Callback):
         self._wrap_loaders(trainer)
         if self._saved is not None:
             warnings.filterwarnings("ignore", message=f".*{_SKIPPED_WARNING}.*")
+            if self._saved["epoch_done"]:
+                _leave_ended_epoch(trainer)
             self._seek(self._saved)
         _start_reading(trainer)
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if all(isinstance(loader, _Position) or _is_stateful(loader) for loader in _combined_loader(trainer).flattened):
+        bare = list(_combined_loader(trainer).flattened)
+        if not self._wrap_loaders(trainer):
             return
-        if self._saved is not None and self._saved["epoch_done"]:  # new loaders (reload_dataloaders_every_n_epochs)
-            self._arrive()
-            _start_reading(trainer)  # the bare ones, which draws from the generators, as Lightning did before arriving
-        self._wrap_loaders(trainer)
+        if self._saved is not None:  # new loaders (reload_dataloaders_every_n_epochs)
+            self._seek(self._saved, reloaded=bare)
         _start_reading(trainer)
 
     @override
@@ -204,14 +206,25 @@ class ExactResume(Callback):
         combined.flattened = wrapped
         return True
 
-    def _seek(self, saved: dict[str, Any]) -> None:
-        """Continue from where the checkpoint was, at the first batch."""
+    def _seek(self, saved: dict[str, Any], *, reloaded: Sequence[Any] = ()) -> None:
+        """Continue from where the checkpoint was, at the first batch.
+
+        Args:
+            saved: the state of the checkpoint.
+            reloaded: loaders that Lightning made and began to read after that moment, which drew from the generators.
+        """
         if not self._positions:
             self._arrive()
             return
-        fetcher = None if self._trainer is None else self._trainer.fit_loop._data_fetcher
-        self._positions[0].arrive = self._arrive
-        self._positions[0].ahead = fetcher is not None and fetcher.length is None
+        ahead = _reads_ahead(self._trainer)
+
+        def arrive() -> None:
+            self._arrive()
+            for batches in [iter(loader) for loader in reloaded]:
+                if ahead:
+                    next(batches, None)
+
+        self._positions[0].arrive, self._positions[0].ahead = arrive, ahead
         if not saved["epoch_done"]:
             for position, state in zip(self._positions, saved["loaders"], strict=False):
                 position.resume = state
@@ -238,11 +251,33 @@ def _combined_loader(trainer: L.Trainer) -> CombinedLoader:
     return combined
 
 
+def _reads_ahead(trainer: L.Trainer | None) -> bool:
+    """Whether Lightning fetches a batch before it is due: it does when it does not know how many there are."""
+    fetcher = None if trainer is None else trainer.fit_loop._data_fetcher
+    return fetcher is not None and fetcher.length is None
+
+
 def _start_reading(trainer: L.Trainer) -> None:
     """Begin a pass over the loaders there are now; the iterator that Lightning made before was the bare loaders'."""
     fetcher = trainer.fit_loop._data_fetcher
     if fetcher is not None:
         iter(fetcher)
+
+
+def _leave_ended_epoch(trainer: L.Trainer) -> None:
+    """Go to the next epoch after a checkpoint of the last batch, as Lightning does where it knows how many there are.
+
+    Where it does not (streams), it would train on in the epoch that had ended, or never end.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    if trainer.num_training_batches != float("inf") or not loop.restarted_on_train_batch_end:
+        return
+    loop.batch_progress.increment_completed()
+    loop.batch_progress.reset_on_run()
+    loop.scheduler_progress.reset_on_run()
+    loop.automatic_optimization.optim_progress.reset_on_run()
+    loop.val_loop.batch_progress.total.reset()
+    loop.reset_restart_stage()
 
 
 def _callback_metrics(trainer: L.Trainer) -> dict[str, Tensor]:
@@ -257,7 +292,8 @@ def _validation_due(trainer: L.Trainer) -> bool:
     Lightning skips that validation when it resumes; its metrics, and what it draws from the generators, would be lost.
     """
     loop = trainer.fit_loop.epoch_loop
-    between = trainer.training and loop.batch_progress.current.completed < loop.batch_progress.current.processed
+    counts: Any = loop.batch_progress.current
+    between = trainer.training and counts.completed < counts.processed
     fetcher = trainer.fit_loop._data_fetcher
     return between and fetcher is not None and loop._should_check_val_fx(fetcher)
 
@@ -279,7 +315,7 @@ def _is_stream(loader: object) -> bool:
     """Whether what a loader yields may depend on draws between its batches, or Lightning reads it ahead."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return True
-    return not hasattr(loader.batch_sampler or loader.sampler, "__len__")
+    return sized_len(loader) is None
 
 
 def _results(trainer: L.Trainer) -> dict[str, dict[str, Tensor]]:

@@ -67,8 +67,8 @@ class Schedule:
         freeze = None if self.freeze is None else _to_steps("freeze", self.freeze, total)
         if start >= total:
             raise ConfigError(
-                f"start={self.start} is step {start}, and training ends after {int(total)}: fake quantization would never "
-                "start. Start earlier or train longer"
+                f"start={self.start} is step {start}, and training ends after {int(total)}: fake quantization would "
+                "never start. Start earlier or train longer"
             )
         if freeze is not None and freeze < start:
             raise ConfigError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from omegaconf import MISSING
@@ -18,6 +19,11 @@ from qat_plugin.errors import ConfigError, did_you_mean
 TASKS: Final = ("fit", "ptq", "plan", "evaluate", "doctor")
 STAGES: Final = ("float", "ptq", "fine-tuned", "fine-tuned-ptq", "qat", "converted", "reloaded", "latency")
 PRECISIONS: Final = ("32-true", "bf16-mixed", "bf16-true")
+
+
+def _absolute(path: str) -> str:
+    """A path that means the same from any working directory: a run may be resumed from another one."""
+    return str(Path(path).expanduser().absolute())
 
 
 def _help(text: str) -> dict[str, str]:
@@ -119,6 +125,9 @@ class TransformersModel:
     kind: str = _key("transformers", "set by model=transformers")
     path: str = _key(MISSING, "local directory with config.json, weights and tokenizer")
 
+    def __post_init__(self) -> None:
+        self.path = _absolute(self.path)
+
 
 @dataclass
 class Windows:
@@ -152,6 +161,11 @@ class TextFiles(Windows):
     train: str = _key(MISSING, "training text: a .txt (documents separated by <|endoftext|>) or .jsonl file")
     valid: str | None = _key(None, "held-out text of the same form; null holds out the end of the training text")
     key: str = _key("text", "entry of each JSONL line that holds the text")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.train = _absolute(self.train)
+        self.valid = None if self.valid is None else _absolute(self.valid)
 
 
 @dataclass

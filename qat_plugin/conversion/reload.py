@@ -68,6 +68,18 @@ def _on(rows: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor,
     return scale.to(rows.device), None if zero_point is None else zero_point.to(rows.device)
 
 
+def dequantized_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The float state_dict of a converted model: its integers as the numbers they stand for.
+
+    It loads into the user's own float model, without this package; quantizing it again gives the same integers where
+    the scales are min-max ones.
+    """
+    return {
+        name: tensor.dequantize() if is_converted_weight(tensor) else tensor
+        for name, tensor in model.state_dict().items()
+    }
+
+
 def reload_float(
     model: nn.Module, state_dict: Mapping[str, Tensor], quantizer_state: Mapping[str, Any] | None = None
 ) -> None:

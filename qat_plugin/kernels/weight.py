@@ -343,6 +343,27 @@ def _(func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[
     return cast(Tensor, args[0]._apply_fn_to_data(torch.clone))
 
 
+_copy_between = {cls: cls._ATEN_OP_TABLE[cls][aten.copy_.default] for cls in (QuantizedWeight, CastWeight)}
+
+
+@QuantizedWeight.implements(aten.copy_.default)
+def _(func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return _copy(QuantizedWeight, func, types, args, kwargs)
+
+
+@CastWeight.implements(aten.copy_.default)
+def _(func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return _copy(CastWeight, func, types, args, kwargs)
+
+
+def _copy(cls: Any, func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """A converted weight loaded into a float model becomes the numbers it stands for."""
+    target, source = args[0], args[1]
+    if is_converted_weight(source) and not is_converted_weight(target):
+        return cast(Tensor, target.copy_(source.dequantize(target.dtype)))
+    return cast(Tensor, _copy_between[cls](func, types, args, kwargs))
+
+
 @CastWeight.implements_torch_function(F.embedding)
 def _(func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     weight = _argument(args, kwargs, 1, "weight")

@@ -45,13 +45,15 @@ def load_causal_lm(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.f
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{folder} has no tokenizer that can be loaded: {_first_line(error)}") from error
+        options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
+            model, loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             kind = config.get("model_type")
             raise CheckpointError(
                 f"{folder} does not load as a causal language model (model_type {kind!r}): {_first_line(error)}"
             ) from error
+    _check_complete(folder, loaded)
     _check_vocabulary(folder, model, tokenizer)
     return model, tokenizer
 
@@ -103,12 +105,30 @@ def _shards(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder} has no model.safetensors and no model.safetensors.index.json.{pickled}")
 
 
+def _check_complete(folder: Path, loaded: dict[str, Any]) -> None:
+    """transformers only warns about weights that are not in the files, and draws them at random."""
+    # a mismatch is (name, shape in the file, shape in the model)
+    misfits = sorted(
+        f"{name} ({list(stored)} in the file, {list(own)} in the model)"
+        for name, stored, own in loaded["mismatched_keys"]
+    )
+    absent = sorted(loaded["missing_keys"])
+    if misfits:
+        raise CheckpointError(
+            f"{folder}: weights do not fit config.json: {_some(misfits)}; the two do not belong together"
+        )
+    if absent:
+        raise CheckpointError(
+            f"{folder}: its files lack {len(absent)} of the model's weights: {_some(absent)}; copy it again"
+        )
+
+
 def _check_vocabulary(folder: Path, model: Any, tokenizer: Any) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    tokens = 1 + max(tokenizer.get_vocab().values(), default=-1)  # len(tokenizer) is less where ids have gaps
+    if tokens > rows:
         raise CheckpointError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}: they do not "
-            "belong together"
+            f"{folder}: the tokenizer has {tokens} tokens and the model embeds {rows}: they do not belong together"
         )
 
 
@@ -124,6 +144,10 @@ def quiet_transformers() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _first_line(error: BaseException) -> str:

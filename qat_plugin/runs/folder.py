@@ -66,9 +66,9 @@ class RunFolder:
 
     @property
     def resume_command(self) -> str:
-        """The command that goes on with this run, from the present working directory."""
+        """The command that goes on with this run, from any working directory."""
         leave = [f"allow=[{','.join(self.allow)}]"] if self.allow else []
-        return shlex.join(["qat", f"resume={self.shown}", *leave])
+        return shlex.join(["qat", f"resume={self.path}", *leave])
 
     def save(self) -> None:
         """Write the record."""

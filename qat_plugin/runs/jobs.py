@@ -70,6 +70,11 @@ def run_job(job: Job, given: Sequence[str]) -> int:
 def evaluate(job: Job) -> None:
     """Measure the converted model of a run's folder beside its float model, or a model as it is."""
     config = job.config
+    if job.recipe is None and config.run.dir is None:
+        raise ConfigError(
+            "task=evaluate needs to know what to measure: run=DIR (the converted model of a run's folder) or "
+            "recipe=NAME (its model as it is)"
+        )
     subject = subject_of(job)
     network = network_of(subject.build()).eval()
     rows = [Row(reporting.FLOAT, subject.evaluate(network, None), model_bytes(network))]

@@ -47,7 +47,7 @@ def _directory(model: EmbeddedModel | TransformersModel) -> Path:
     """Where the model lies; the embedded one is trained first if it is not in the cache."""
     if isinstance(model, EmbeddedModel):
         return embedded_lm(recipe=embedded_recipe(model))
-    return Path(model.path).expanduser()
+    return Path(model.path)
 
 
 def _schedule(optimizer: Any) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def _schedule(optimizer: Any) -> dict[str, Any]:
 def _text(config: Config, data: EmbeddedText | TextFiles, tokenizer: Any) -> TextData:
     if isinstance(data, TextFiles):
         key = data.key
-        sources: tuple[Any, Any] = (Path(data.train).expanduser(), data.valid and Path(data.valid).expanduser())
+        sources: tuple[Any, Any] = (Path(data.train), data.valid and Path(data.valid))
     else:
         sizes = config.model if isinstance(config.model, EmbeddedModel) else EmbeddedModel()
         corpus = embedded_corpus(train_characters=sizes.train_characters, valid_characters=sizes.valid_characters)

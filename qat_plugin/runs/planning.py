@@ -70,11 +70,11 @@ def check_choices(config: Config) -> None:
 
 
 def _check_path(key: str, given: str | None) -> None:
-    path = None if given is None else Path(given).expanduser().absolute()
-    if path is None or path.exists():
+    if given is None or (path := Path(given)).exists():
         return
     near = did_you_mean(path.name, [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else [])
-    raise ConfigError(f"{key}={given} does not exist (looked for {path}).{near}")
+    where = "" if path.parent.is_dir() else f"; nor does the folder {path.parent}"
+    raise ConfigError(f"{key}={given} does not exist{where}.{near}")
 
 
 def _check_spelling(key: str, scheme: str | None) -> None:

@@ -34,7 +34,7 @@ def skeleton_of(config: Config, allow: tuple[str, ...]) -> nn.Module:
             tokens = SimpleNamespace(bos_token_id=0, eos_token_id=0)
             network: nn.Module = embedded_architecture(embedded_recipe(config.model), tokens)
         else:
-            network = _from_directory(Path(config.model.path).expanduser())
+            network = _from_directory(Path(config.model.path))
     return network.to(dtype)
 
 

@@ -54,6 +54,7 @@ def test_arguments(arguments: dict[str, Any], error: type[QatError], message: st
         ({"start": 1.0}, {"max_steps": 6}, "start=1.0 is step 6"),
         ({"start": 0.5, "freeze": 2}, {"max_steps": 6}, "freeze=2 is step 2, before start=0.5, which is step 3"),
         ({"start": 0.5}, {"max_epochs": -1, "max_steps": -1}, "fraction of training, whose length is not known"),
+        ({"freeze": 0.5}, {"max_epochs": -1, "max_steps": -1}, "freeze=0.5 is a fraction"),
     ],
 )
 def test_a_schedule_that_does_not_fit_the_run(
@@ -202,7 +203,7 @@ def test_a_corrupt_checkpoint(tmp_path: Path, kind: str) -> None:
     whole = path.read_bytes()
     path.write_bytes({"truncated": whole[: len(whole) // 2], "text": b"not a checkpoint", "empty": b""}[kind])
     module = Classifier()
-    with pytest.raises(Exception) as caught:  # noqa: B017 - Lightning reads the file: its error, or torch's
+    with pytest.raises(Exception) as caught:
         trainer(tmp_path, QuantizationAwareTraining("w8a8")).fit(module, loader(), ckpt_path=path)
     assert type(caught.value).__module__.split(".")[0] in {"builtins", "_pickle", "pickle", "zipfile", "torch"}
     assert not module.losses and not is_converted(module)

@@ -145,7 +145,9 @@ def every_step(folder: Path) -> ModelCheckpoint:
 
 CASES = {
     "shuffled": Case(),
-    "workers": Case(trainer={"max_steps": 7, "val_check_interval": 3}, data=lambda: loader(shuffle=True, num_workers=2)),
+    "workers": Case(
+        trainer={"max_steps": 7, "val_check_interval": 3}, data=lambda: loader(shuffle=True, num_workers=2)
+    ),
     "accumulation": Case(trainer={"accumulate_grad_batches": 2, "max_steps": 5}),
     "validation-in-the-epoch": Case(trainer={"val_check_interval": 2}),
     "static": Case("w8a8-static", {"start": 3, "freeze": 6}),
@@ -196,6 +198,18 @@ def test_resumed_after_any_epoch(tmp_path: Path, saver: dict[str, Any], interval
     assert len(files) == (8 if "monitor" in saver and interval < 1 else 4)
     for path in files:
         resumed = run(case, tmp_path, ModelCheckpoint(tmp_path / "again", **options), seed=99, path=path)
+        assert_same(resumed, whole, path.stem)
+
+
+def test_a_stream_resumed_after_any_epoch(tmp_path: Path) -> None:
+    """Lightning knows its last batch only when it has read it."""
+    case = Case(trainer={"max_epochs": 3, "max_steps": -1}, data=lambda: loader(Stream()))
+    saver: dict[str, Any] = {"save_top_k": -1, "filename": "{epoch}-{step}", "save_on_train_epoch_end": True}
+    whole = run(case, tmp_path, ModelCheckpoint(tmp_path, **saver))
+    files = sorted(tmp_path.glob("*.ckpt"))
+    assert len(files) == 3
+    for path in files:
+        resumed = run(case, tmp_path, ModelCheckpoint(tmp_path / "again", **saver), seed=99, path=path)
         assert_same(resumed, whole, path.stem)
 
 

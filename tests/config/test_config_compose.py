@@ -93,6 +93,12 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_defaults(
     assert compose("recipe=qat_int4_tiny", "policy=int8").policy.default == "w8a8"
 
 
+def test_paths_mean_the_same_from_any_working_directory(compose: Compose, tmp_path: Path) -> None:
+    config = compose("recipe=qat_int4_llama", "model.path=models/x", "data.train=t.txt", "data.valid=/v.txt")
+    assert config.model.path == str(tmp_path / "models" / "x")
+    assert (config.data.train, config.data.valid) == (str(tmp_path / "t.txt"), "/v.txt")
+
+
 def test_steps_and_fractions_stay_what_they_are(compose: Compose) -> None:
     qat = compose("qat.start=1", "qat.freeze=0.5").qat
     assert isinstance(qat.start, int)

@@ -70,7 +70,7 @@ def test_a_second_ctrl_c_ends_the_process_at_once(mine: tuple[str, ...], tmp_pat
     done = process(tmp_path, *mine, "run.dir=here", "task.stages=[float,qat]", PRESS_CTRL_C_AT="qat 6")
     assert done.returncode == 130
     assert "finishing this step" in done.stderr
-    assert "Go on with: qat resume=here 'allow=[mine_of_tests]'" in done.stderr
+    assert f"Go on with: qat resume={tmp_path / 'here'} 'allow=[mine_of_tests]'" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "went_on").exists()
     again = process(tmp_path, "resume=here", "allow=[mine_of_tests]")

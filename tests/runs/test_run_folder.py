@@ -36,7 +36,7 @@ def test_a_new_folder_holds_recipe_and_record(tmp_path: Path) -> None:
     folder = opened(recipe("here", seed=7))
     assert folder.path == tmp_path / "here"
     assert not folder.continued
-    assert folder.resume_command == "qat resume=here"
+    assert folder.resume_command == f"qat resume={folder.path}"
     record = json.loads((folder.path / "run.json").read_text())
     assert record["schema"] == "qat_plugin.run/1"
     assert record["seed"] == 7

@@ -186,6 +186,12 @@ def test_evaluate_measures_a_runs_converted_model_again(qat: Qat, mine: tuple[st
     assert record("here") == kept, "evaluating changes no record"
 
 
+def test_evaluate_needs_something_to_measure(qat: Qat, mine: tuple[str, ...]) -> None:
+    done = qat("task=evaluate")
+    assert done.code == 2
+    assert "run=DIR" in done.err
+
+
 def test_evaluate_without_a_run_measures_the_model_as_it_is(qat: Qat, mine: tuple[str, ...]) -> None:
     done = qat(*mine, "task=evaluate")
     assert done.code == 0, done.err

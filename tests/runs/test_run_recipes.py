@@ -138,7 +138,7 @@ def test_the_embedded_models_keys_are_its_recipes_fields_and_defaults() -> None:
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        (["model.path=no/such/model"], "model.path=no/such/model does not exist"),
+        (["model.path=no/such/model"], "no/such/model does not exist; nor does the folder"),
         (["data.train=train.jsnl"], "Did you mean 'train.jsonl'?"),
         (["data.valid=."], "directory"),
         (["policy.rules.attn=w8a8"], "policy rule 'attn' matched no module"),
