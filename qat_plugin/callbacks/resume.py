@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -142,6 +143,8 @@ class ExactResume(Callback):
         self._wrap_loaders(trainer)
         if self._saved is not None:
             warnings.filterwarnings("ignore", message=f".*{_SKIPPED_WARNING}.*")
+            if reason := _why_inexact(trainer):
+                rank_zero_warn(f"ExactResume: {reason}: this run resumes at the right batch, but not to the bit")
             if self._saved["epoch_done"]:
                 _leave_ended_epoch(trainer)
             self._seek(self._saved)
@@ -255,6 +258,16 @@ def _reads_ahead(trainer: L.Trainer | None) -> bool:
     """Whether Lightning fetches a batch before it is due: it does when it does not know how many there are."""
     fetcher = None if trainer is None else trainer.fit_loop._data_fetcher
     return fetcher is not None and fetcher.length is None
+
+
+def _why_inexact(trainer: L.Trainer) -> str:
+    """What keeps a resumed run from being bit-exact; empty when nothing does."""
+    if trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+        return "reload_dataloaders_every_n_epochs makes new loaders, which draw from the random generators"
+    loaders = [getattr(loader, "loader", loader) for loader in _combined_loader(trainer).flattened]
+    if len({_is_stream(loader) for loader in loaders}) > 1:
+        return "an iterable dataset beside an indexed one"
+    return ""
 
 
 def _start_reading(trainer: L.Trainer) -> None:

@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -29,12 +30,15 @@ from torch import Tensor
 from qat_plugin.data.documents import SEPARATOR
 from qat_plugin.data.embedded import TRAIN_CHARACTERS, VALID_CHARACTERS, Corpus, embedded_corpus
 from qat_plugin.data.text import TextData
+from qat_plugin.errors import ConfigError
 from qat_plugin.kernels.torchao_import import known_noise_dropped
 from qat_plugin.measure import Progress, progressing
 from qat_plugin.models.loading import quiet_transformers
 
 _MARK = "complete.json"
 _FORMAT = 1
+_BUILDING = ".building-"
+_ABANDONED_S = 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ def embedded_lm(*, seed: int = 0, progress: Progress | bool = True, recipe: Embe
 
     Raises:
         DataError: when this Python comes without its standard library's source.
+        ConfigError: when the cache directory cannot be written.
     """
     recipe = recipe or EmbeddedRecipe(seed=seed)
     corpus = embedded_corpus(train_characters=recipe.train_characters, valid_characters=recipe.valid_characters)
@@ -97,8 +102,7 @@ def embedded_lm(*, seed: int = 0, progress: Progress | bool = True, recipe: Embe
     if target.exists():
         print(f"the cached model {target} is damaged: training it again", file=sys.stderr)
         shutil.rmtree(target, ignore_errors=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=target.parent, prefix=".building-"))
+    building = _place_to_build(target.parent)
     try:
         _build(building, recipe, corpus, progress)
         _move(building, target)
@@ -107,11 +111,26 @@ def embedded_lm(*, seed: int = 0, progress: Progress | bool = True, recipe: Embe
     return target
 
 
+def _place_to_build(cache: Path) -> Path:
+    """A new directory beside the place of the model, so that the move at the end is a rename."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        for abandoned in cache.glob(f"{_BUILDING}*"):  # of a process that was killed: nothing could tidy up after it
+            if time.time() - abandoned.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(abandoned, ignore_errors=True)
+        return Path(tempfile.mkdtemp(dir=cache, prefix=_BUILDING))
+    except OSError as error:
+        raise ConfigError(
+            f"the embedded model cannot be kept in {cache} ({error.strerror}); set QAT_PLUGIN_CACHE to a directory "
+            "that can be written"
+        ) from error
+
+
 def _is_whole(folder: Path) -> bool:
     """Whether every file is there with the sha256 it was saved with."""
     try:
         sums: dict[str, str] = json.loads((folder / _MARK).read_text(encoding="utf-8"))
-        return all(_sha256(folder / name) == expected for name, expected in sums.items())
+        return bool(sums) and all(_sha256(folder / name) == expected for name, expected in sums.items())
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -155,10 +155,6 @@ CASES = {
     "asymmetric-learned": Case("w4a16-g32-asym", {"learn_scales": True}),
     "iterable": Case(trainer={"val_check_interval": 4}, data=lambda: loader(Stream())),
     "streams-with-workers": Case(data=lambda: loader(Stream(), num_workers=1), trainer={"max_steps": 8}),
-    "stream-and-shuffled": Case(data=lambda: {"a": loader(Stream()), "b": loader(Augmented(), shuffle=True)}),
-    "reloaded-streams": Case(
-        trainer={"reload_dataloaders_every_n_epochs": 1, "limit_train_batches": 3}, data=lambda: loader(Stream())
-    ),
     "augmented": Case(data=lambda: loader(Augmented(), shuffle=True), trainer={"val_check_interval": 3}),
     "without-a-length": Case(data=lambda: loader(Augmented(), sampler=Unsized())),
     "two-loaders": Case(data=lambda: {"a": loader(shuffle=True), "b": loader(shuffle=True, batch_size=6)}),
@@ -167,7 +163,6 @@ CASES = {
     ),
     "without-validation": Case(trainer={"limit_val_batches": 0, "num_sanity_val_steps": 0}),
     "limited": Case(trainer={"limit_train_batches": 3, "max_epochs": 3, "max_steps": -1}),
-    "reloaded": Case(trainer={"reload_dataloaders_every_n_epochs": 1, "limit_train_batches": 3}),
     "bf16": Case(trainer={"precision": "bf16-mixed"}),
 }  # fmt: skip
 
@@ -261,3 +256,17 @@ def test_exact_resume_alone(tmp_path: Path) -> None:
         again = fit(tmp_path / "again", 99, tmp_path / f"step={step}.ckpt")
         assert again.losses == whole.losses[step:]
         assert_equal(again.state_dict(), whole.state_dict(), f"step {step}")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(trainer={"reload_dataloaders_every_n_epochs": 1, "limit_train_batches": 3}),
+        Case(data=lambda: {"a": loader(Stream()), "b": loader(shuffle=True)}),
+    ],
+    ids=["reloaded", "stream-beside-indexed"],
+)
+def test_what_does_not_resume_to_the_bit_says_so(tmp_path: Path, case: Case) -> None:
+    run(case, tmp_path, every_step(tmp_path / "steps"))
+    with pytest.warns(UserWarning, match="not to the bit"):
+        run(case, tmp_path, path=tmp_path / "steps" / "step=4.ckpt")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from qat_plugin.callbacks import QuantizationAwareTraining
-from qat_plugin.conversion import is_converted, proof_of
+from qat_plugin.conversion import conversion_of, is_converted, proof_of
 from qat_plugin.errors import QatError
 from qat_plugin.kernels.weight import QuantizedWeight
 from qat_plugin.qat import is_prepared, quantizer_state
@@ -152,13 +152,14 @@ def test_11047_with_a_module_pruned_before(tmp_path: Path, permanent: bool) -> N
     if permanent:
         prune.remove(module.net[0], "weight")
     run = trainer(tmp_path, QuantizationAwareTraining("w4a16-g32"))
+    run.fit(module, loader())
+    assert is_converted(module)
+    layer = conversion_of(module).plan["net.0"]
     if permanent:
-        run.fit(module, loader())
-        assert is_converted(module)
-        return
-    with pytest.raises(QatError, match="net.0.*(prun|parametri)"):
-        run.fit(module, loader())
-    assert not is_converted(module)
+        assert str(layer.scheme) == "w4a16-g32"
+    else:  # its weight is computed by a hook: it stays, and the plan says why
+        assert layer.scheme is None
+        assert "pruning" in layer.reason
 
 
 def test_12890_every_layer_is_converted_and_none_computes_in_float(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qat_plugin.errors import ConfigError
 from qat_plugin.models.causal_lm import load_causal_lm
 from qat_plugin.models.embedded import EmbeddedRecipe, embedded_lm
 from tests.models.conftest import MINUTE
@@ -78,6 +81,31 @@ def test_an_interrupted_build_leaves_nothing(cache: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         embedded_lm(recipe=MINUTE, progress=stop)
     assert list(cache.iterdir()) == []
+
+
+def test_a_mark_without_sums_vouches_for_nothing(minute_model: Path) -> None:
+    (minute_model / "model.safetensors").write_bytes(b"")
+    (minute_model / "complete.json").write_text("{}")
+    assert (embedded_lm(recipe=MINUTE, progress=False) / "model.safetensors").stat().st_size > 0
+
+
+def test_what_a_killed_build_left_is_tidied_up_later_but_not_a_build_that_may_be_running(cache: Path) -> None:
+    killed, running = cache / ".building-killed", cache / ".building-running"
+    killed.mkdir(parents=True)
+    running.mkdir()
+    two_days_ago = time.time() - 2 * 24 * 3600
+    os.utime(killed, (two_days_ago, two_days_ago))
+    model = embedded_lm(recipe=MINUTE, progress=False)
+    assert set(cache.iterdir()) == {model, running}
+
+
+def test_a_cache_that_cannot_be_written_is_said_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    monkeypatch.setenv("QAT_PLUGIN_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(ConfigError, match=r"cannot be kept in .*cache \(.*set QAT_PLUGIN_CACHE"):
+        embedded_lm(recipe=MINUTE, progress=False)
 
 
 def test_two_processes_may_race(cache: Path) -> None:

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from qat_plugin.errors import CheckpointError, DataError
 from qat_plugin.models.causal_lm import load_causal_lm
@@ -27,6 +29,26 @@ def test_truncated_weights_are_found_by_their_header(minute_model: Path) -> None
     weights = minute_model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated or corrupt"):
+        load_causal_lm(minute_model)
+
+
+def _replace_weight(model: Path, name: str, value: torch.Tensor | None) -> None:
+    weights = load_file(model / "model.safetensors")
+    del weights[name]
+    if value is not None:
+        weights[name] = value
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_weight_that_the_files_lack_is_an_error_and_not_drawn_at_random(minute_model: Path) -> None:
+    _replace_weight(minute_model, "model.layers.0.mlp.up_proj.weight", None)
+    with pytest.raises(CheckpointError, match=r"lack 1 of the model's weights: model\.layers\.0\.mlp\.up_proj\.weight"):
+        load_causal_lm(minute_model)
+
+
+def test_a_weight_of_another_shape_is_an_error_with_both_shapes(minute_model: Path) -> None:
+    _replace_weight(minute_model, "model.layers.0.mlp.up_proj.weight", torch.zeros(3, 4))
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight \(\[3, 4\] in the file, \[64, 64\] in the model\)"):
         load_causal_lm(minute_model)
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from torch import nn
-
-logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
 def llama(**options: Any) -> nn.Module:
