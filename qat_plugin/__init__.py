@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from qat_plugin.callbacks import ExactResume, MixedPrecision, QuantizationAwareTraining
+    from qat_plugin.callbacks import ExactResume, MixedPrecision, QLoRAFinetuning, QuantizationAwareTraining
     from qat_plugin.conversion import convert, is_converted, load_converted, proof_of, save_converted
     from qat_plugin.errors import QatError
     from qat_plugin.policy import Plan, Policy
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "ExactResume": "callbacks",
     "MixedPrecision": "callbacks",
+    "QLoRAFinetuning": "callbacks",
     "QuantizationAwareTraining": "callbacks",
     "convert": "conversion",
     "is_converted": "conversion",
@@ -45,6 +46,7 @@ __all__ = [
     "Phase",
     "Plan",
     "Policy",
+    "QLoRAFinetuning",
     "QatError",
     "QuantizationAwareTraining",
     "Scheme",

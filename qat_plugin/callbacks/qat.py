@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from qat_plugin.callbacks.guards import check_other_callbacks, check_strategy
-from qat_plugin.callbacks.resume import ExactResume
+from qat_plugin.callbacks.resuming import ResumingCallback, after_configure_model
 from qat_plugin.callbacks.schedule import Schedule, Steps
 from qat_plugin.conversion import convert, dequantized_state_dict, is_converted, proof_of, reload_float
 from qat_plugin.errors import CheckpointError, ConfigError
@@ -37,7 +37,7 @@ Weights = Literal["last", "best"]
 _DTYPES: Final[dict[str, torch.dtype]] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class QuantizationAwareTraining(Callback):
+class QuantizationAwareTraining(ResumingCallback):
     """Train with fake quantization, and end with real integer kernels.
 
     The module needs no change: its layers may come from ``__init__``, ``setup`` or ``configure_model``. Checkpoints
@@ -77,7 +77,7 @@ class QuantizationAwareTraining(Callback):
         dtype: Literal["fp32", "bf16", "fp16"] | None = None,
         exact_resume: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(exact_resume=exact_resume)
         if weights not in get_args(Weights):
             raise ConfigError(f"weights={weights!r} is not one of {', '.join(get_args(Weights))}")
         if dtype is not None and dtype not in _DTYPES:
@@ -86,7 +86,6 @@ class QuantizationAwareTraining(Callback):
         self._schedule = Schedule(start, freeze)
         self._convert, self._weights, self._learn_scales = convert, weights, learn_scales
         self._dtype = None if dtype is None else _DTYPES[dtype]
-        self._resume = ExactResume() if exact_resume else None
         self._steps: Steps | None = None
         self._module: L.LightningModule | None = None
         self._loaded: dict[str, Any] | None = None
@@ -116,19 +115,13 @@ class QuantizationAwareTraining(Callback):
         if is_prepared(pl_module):
             self._check_prepared(trainer, pl_module)
         else:
-            _after_configure_model(pl_module, lambda: self._prepare(trainer, pl_module))
+            after_configure_model(pl_module, lambda: self._prepare(trainer, pl_module))
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._steps = self._schedule.resolve(_total_steps(trainer), observe=_observes(pl_module))
         self._follow_schedule(trainer, pl_module)
-        if self._resume is not None:
-            self._resume.on_train_start(trainer, pl_module)
-
-    @override
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._resume is not None:
-            self._resume.on_train_epoch_start(trainer, pl_module)
+        super().on_train_start(trainer, pl_module)
 
     @override
     def on_train_batch_start(
@@ -144,8 +137,7 @@ class QuantizationAwareTraining(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._stop_capture()
-        if self._resume is not None:
-            self._resume.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -173,21 +165,18 @@ class QuantizationAwareTraining(Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._stop_capture()
         self._inputs = {}
-        if self._resume is not None:
-            self._resume.teardown(trainer, pl_module, stage)
+        super().teardown(trainer, pl_module, stage)
 
     @override
     def state_dict(self) -> dict[str, Any]:
         if self._module is None or not is_prepared(self._module):
             return {} if self._loaded is None else self._loaded
-        resume = {} if self._resume is None else self._resume.state_dict()
-        return {"quantizers": quantizer_state(self._module), "resume": resume}
+        return {"quantizers": quantizer_state(self._module), "resume": self.resume_state()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict
-        if self._resume is not None:
-            self._resume.load_state_dict(state_dict.get("resume", {}))
+        self.load_resume_state(state_dict.get("resume", {}))
         if self._module is None or is_converted(self._module) or "quantizers" not in state_dict:
             return
         if not is_prepared(self._module):  # a checkpoint evaluated in a new process sees what it was trained with
@@ -292,23 +281,6 @@ class QuantizationAwareTraining(Callback):
 def _saves_nothing(trainer: L.Trainer) -> bool:
     """Whether this is a fast_dev_run, which disables checkpoints."""
     return bool(getattr(trainer, "fast_dev_run", False))
-
-
-def _after_configure_model(pl_module: L.LightningModule, then: Callable[[], None]) -> None:
-    """Call ``then`` once, right after the module's ``configure_model``: the last moment before weights are restored,
-    the optimizer is built and the module is moved. Lightning has no hook there."""
-    own = pl_module.configure_model
-    wrapped_before = "configure_model" in pl_module.__dict__
-
-    def configure_model() -> None:
-        if wrapped_before:
-            pl_module.__dict__["configure_model"] = own
-        else:
-            pl_module.__dict__.pop("configure_model", None)
-        own()
-        then()
-
-    pl_module.__dict__["configure_model"] = configure_model
 
 
 def _total_steps(trainer: L.Trainer) -> float:

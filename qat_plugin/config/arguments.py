@@ -143,9 +143,9 @@ def _no_equals(word: str, folders: Sequence[Path]) -> str:
 
 
 def _take_run(found: _Reading) -> None:
-    """``resume=DIR`` and ``task=evaluate run=DIR`` take the recipe that DIR holds."""
+    """``resume=DIR``, ``task=evaluate run=DIR`` and ``task=merge run=DIR`` take the recipe that DIR holds."""
     tasks = [argument.partition("=")[2] for argument in found.hydra if argument.startswith("task=")]
-    folder = found.resume if found.resume is not None else (found.run if tasks == ["evaluate"] else None)
+    folder = found.resume if found.resume is not None else (found.run if tasks in (["evaluate"], ["merge"]) else None)
     if folder is None:
         if found.run is not None:
             found.hydra.append(f"run.dir={_quoted(found.run)}")

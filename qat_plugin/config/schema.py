@@ -9,37 +9,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from omegaconf import MISSING
 
-from qat_plugin.errors import ConfigError, did_you_mean
+from qat_plugin.config.fields import absolute, check_above, check_at_least, check_choice, help_text, option
+from qat_plugin.errors import ConfigError
 
-TASKS: Final = ("fit", "ptq", "plan", "evaluate", "doctor")
-STAGES: Final = ("float", "ptq", "fine-tuned", "fine-tuned-ptq", "qat", "converted", "reloaded", "latency")
+TASKS: Final = ("fit", "ptq", "merge", "plan", "evaluate", "doctor")
+STAGES: Final = (
+    "float", "ptq", "fine-tuned", "fine-tuned-ptq", "qat", "base", "qlora", "merged", "converted", "reloaded",
+    "latency",
+)  # fmt: skip
 PRECISIONS: Final = ("32-true", "bf16-mixed", "bf16-true")
-
-
-def _absolute(path: str) -> str:
-    """A path that means the same from any working directory: a run may be resumed from another one."""
-    return str(Path(path).expanduser().absolute())
-
-
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
-
-
-def _key(default: Any, help: str) -> Any:
-    return field(default=default, metadata=_help(help))
 
 
 @dataclass
 class TaskConfig:
     """What to do."""
 
-    name: str = _key("fit", "fit, ptq, plan, evaluate or doctor; written task=NAME")
-    stages: list[str] = field(default_factory=list, metadata=_help("rungs of the ladder: " + ", ".join(STAGES)))
+    name: str = option("fit", "fit, ptq, merge, plan, evaluate or doctor; written task=NAME")
+    stages: list[str] = field(default_factory=list, metadata=help_text("rungs of the ladder: " + ", ".join(STAGES)))
 
     def __post_init__(self) -> None:
         check_choice("task", self.name, TASKS)
@@ -49,7 +39,8 @@ class TaskConfig:
             raise ConfigError(f"task.stages names {', '.join(sorted(twice))} more than once")
         self.stages = [stage for stage in STAGES if stage in self.stages]
         _check_needs(self.stages, "fine-tuned-ptq", ["fine-tuned"])
-        _check_needs(self.stages, "converted", ["qat", "ptq"])
+        _check_needs(self.stages, "merged", ["qlora"])
+        _check_needs(self.stages, "converted", ["qat", "ptq", "merged"])
         _check_needs(self.stages, "reloaded", ["converted"])
 
 
@@ -57,13 +48,15 @@ class TaskConfig:
 class PolicyConfig:
     """Which layer gets which scheme."""
 
-    default: str | None = _key(None, "scheme of the linear layers that no rule matches; null keeps them")
+    default: str | None = option(None, "scheme of the linear layers that no rule matches; null keeps them")
     rules: dict[str, Any] = field(
         default_factory=dict,
-        metadata=_help("role or pattern -> scheme, e.g. policy.rules.ffn=w8a8; the first match decides"),
+        metadata=help_text("role or pattern -> scheme, e.g. policy.rules.ffn=w8a8; the first match decides"),
     )
-    keep: list[str] = field(default_factory=list, metadata=_help("roles or patterns of layers that stay as they are"))
-    indivisible: str = _key("divisor", "when a group size does not divide: divisor (largest below), keep or error")
+    keep: list[str] = field(
+        default_factory=list, metadata=help_text("roles or patterns of layers that stay as they are")
+    )
+    indivisible: str = option("divisor", "when a group size does not divide: divisor (largest below), keep or error")
 
     def __post_init__(self) -> None:
         check_choice("policy.indivisible", self.indivisible, ("divisor", "keep", "error"))
@@ -73,17 +66,17 @@ class PolicyConfig:
 class QatConfig:
     """Quantization-aware training."""
 
-    start: int | float = _key(0, "when fake quantization starts: optimizer step (1000) or fraction of the run (0.1)")
-    freeze: int | float | None = _key(None, "when scales and observers freeze: step or fraction; null for never")
-    learn_scales: bool = _key(False, "learn the weight scales with the weights (LSQ)")
+    start: int | float = option(0, "when fake quantization starts: optimizer step (1000) or fraction of the run (0.1)")
+    freeze: int | float | None = option(None, "when scales and observers freeze: step or fraction; null for never")
+    learn_scales: bool = option(False, "learn the weight scales with the weights (LSQ)")
 
 
 @dataclass
 class PtqConfig:
     """Quantization without training."""
 
-    method: str = _key("rtn", "rtn: round to nearest")
-    calibration_batches: int = _key(8, "training batches that static activation scales are calibrated on")
+    method: str = option("rtn", "rtn: round to nearest")
+    calibration_batches: int = option(8, "training batches that static activation scales are calibrated on")
 
     def __post_init__(self) -> None:
         check_choice("ptq.method", self.method, ("rtn",))
@@ -91,114 +84,96 @@ class PtqConfig:
 
 
 @dataclass
-class EmbeddedModel:
-    """A small Llama, trained on the spot and cached."""
+class DistillConfig:
+    """Learning from the float model beside the data, in QAT and QAT + LoRA."""
 
-    kind: str = _key("embedded", "set by model=embedded")
-    seed: int = _key(0, "seed of its weights and of its data's order")
-    hidden: int = _key(256, "width")
-    ffn: int = _key(768, "width of the feed-forward layers")
-    vocabulary: int = _key(2048, "entries of its byte-level BPE")
-    layers: int = _key(4, "blocks")
-    heads: int = _key(4, "attention heads")
-    steps: int = _key(360, "optimizer steps of its own training")
-    batch_size: int = _key(8, "windows in a batch of its own training")
-    sequence_length: int = _key(256, "tokens in a window of its own training")
-    learning_rate: float = _key(3e-3, "peak learning rate of its own training")
-    train_characters: int = _key(4_000_000, "characters of source text that it learns from")
-    valid_characters: int = _key(250_000, "characters of source text that are held out")
+    weight: float = option(0.0, "share of the loss that is KL to the float model's predictions; 0 for none, 1 for all")
+    temperature: float = option(1.0, "softens both distributions")
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "ffn", "layers", "heads", "steps", "batch_size", "train_characters", "valid_characters"):
-            check_at_least(f"model.{name}", getattr(self, name), 1)
-        check_at_least("model.vocabulary", self.vocabulary, 257)
-        check_at_least("model.sequence_length", self.sequence_length, 2)
-        check_above("model.learning_rate", self.learning_rate, 0)
-        if self.hidden % self.heads:
-            raise ConfigError(f"model.hidden ({self.hidden}) must be divisible by model.heads ({self.heads})")
+        check_at_least("distill.weight", self.weight, 0)
+        if self.weight > 1:
+            raise ConfigError(f"distill.weight={self.weight} is not allowed: it is a share, at most 1")
+        check_above("distill.temperature", self.temperature, 0)
 
 
 @dataclass
-class TransformersModel:
-    """A causal language model in a local transformers directory."""
+class LoraSection:
+    """Adapters on a frozen base; the base's schemes are the policy's."""
 
-    kind: str = _key("transformers", "set by model=transformers")
-    path: str = _key(MISSING, "local directory with config.json, weights and tokenizer")
+    rank: int = option(16, "rank of the update")
+    alpha: float = option(32.0, "the update is scaled by alpha / rank")
+    dropout: float = option(0.0, "on the input of the adapters, in training")
+    targets: Any = field(
+        default="all-linear",
+        metadata=help_text("layers with an adapter: all-linear, or a list of names, globs and roles"),
+    )
+    rslora: bool = option(False, "scale by alpha / sqrt(rank)")
+    dora: bool = option(False, "learn magnitude and direction apart (DoRA)")
+    init: Any = field(
+        default=True, metadata=help_text("how adapters begin: true (zero update), gaussian, orthogonal, pissa ...")
+    )
+    backend: str = option("bitsandbytes", "who holds NF4 weights: bitsandbytes or torchao")
+    dtype: str = option("fp32", "of the adapters: fp32, bf16 or fp16")
+    neftune_alpha: float | None = option(None, "noise on the embedding's output in training, 5 is usual; null for none")
+    gradient_checkpointing: bool = option(True, "recompute blocks in the backward pass")
+    offload_activations: bool = option(False, "keep what is saved for the backward pass in host memory (CUDA)")
 
     def __post_init__(self) -> None:
-        self.path = _absolute(self.path)
+        check_at_least("lora.rank", self.rank, 1)
+        check_above("lora.alpha", self.alpha, 0)
+        check_at_least("lora.dropout", self.dropout, 0)
+        check_choice("lora.backend", self.backend, ("bitsandbytes", "torchao"))
+        check_choice("lora.dtype", self.dtype, ("fp32", "bf16", "fp16"))
 
 
 @dataclass
-class Windows:
-    """How a text is cut and batched."""
+class MergeConfig:
+    """Folding adapters into weights."""
 
-    kind: str = _key(MISSING, "set by data=OPTION")
-    sequence_length: int = _key(256, "tokens in a window")
-    batch_size: int = _key(8, "windows in a training batch")
-    eval_batch_size: int | None = _key(None, "windows in an evaluation batch; null for batch_size")
-    eval_tokens: int | None = _key(None, "evaluate on the first so many held-out tokens; null for all")
+    into: str = option("original", "original: the float weights; nf4: what the adapters were trained on, dequantized")
+    scheme: str | None = option(None, "then convert to this scheme; null for no conversion")
+    compare: list[str] = field(
+        default_factory=lambda: ["w8a16", "w4a16-g32"],
+        metadata=help_text("schemes whose cost is measured beside, each on the merged weights"),
+    )
+    adapter: str | None = option(None, "task=merge: folder of the adapter; null for that of run=DIR")
+    out: str | None = option(None, "task=merge: folder to write; null for merged/ in the run's folder")
+    accept_loss: bool = option(False, "merge into NF4 all the same, where it erases small updates")
 
     def __post_init__(self) -> None:
-        check_at_least("data.sequence_length", self.sequence_length, 2)
-        check_at_least("data.batch_size", self.batch_size, 1)
-        check_at_least("data.eval_batch_size", self.eval_batch_size, 1)
-        check_at_least("data.eval_tokens", self.eval_tokens, 2)
+        check_choice("merge.into", self.into, ("original", "nf4"))
+        self.adapter = None if self.adapter is None else absolute(self.adapter)
+        self.out = None if self.out is None else absolute(self.out)
 
 
 @dataclass
-class EmbeddedText(Windows):
-    """The source text of Python's standard library."""
+class PlanConfig:
+    """What task=plan counts with."""
 
-    kind: str = _key("embedded", "set by data=embedded")
-
-
-@dataclass
-class TextFiles(Windows):
-    """Text files."""
-
-    kind: str = _key("text", "set by data=text")
-    train: str = _key(MISSING, "training text: a .txt (documents separated by <|endoftext|>) or .jsonl file")
-    valid: str | None = _key(None, "held-out text of the same form; null holds out the end of the training text")
-    key: str = _key("text", "entry of each JSONL line that holds the text")
+    gpu_gib: float | None = option(None, "memory of the card in GiB; null for the card's, or any that fits")
+    card: str | None = option(None, "card whose peak figures to use, such as h100; null for what is here or fits")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        self.train = _absolute(self.train)
-        self.valid = None if self.valid is None else _absolute(self.valid)
-
-
-@dataclass
-class AdamW:
-    """AdamW with a linear warm-up and a cosine decay."""
-
-    kind: str = _key("adamw", "set by optimizer=adamw")
-    learning_rate: float = _key(1e-4, "peak learning rate")
-    weight_decay: float = _key(0.01, "decoupled weight decay of matrices")
-    warmup_steps: int = _key(10, "optimizer steps of linear warm-up")
-
-    def __post_init__(self) -> None:
-        check_above("optimizer.learning_rate", self.learning_rate, 0)
-        check_at_least("optimizer.weight_decay", self.weight_decay, 0)
-        check_at_least("optimizer.warmup_steps", self.warmup_steps, 0)
+        check_above("plan.gpu_gib", self.gpu_gib, 0)
 
 
 @dataclass
 class TrainerConfig:
     """How each training stage runs."""
 
-    max_steps: int = _key(200, "optimizer steps of each training stage")
-    precision: str = _key("32-true", ", ".join(PRECISIONS))
-    accumulate: int = _key(1, "batches whose gradients make one optimizer step")
-    gradient_clip_val: float | None = _key(1.0, "clip the gradient's norm to this; null for no clipping")
-    val_interval: int | None = _key(None, "validate every so many optimizer steps; null for the end only")
-    checkpoint_interval: int | None = _key(50, "save a resumable checkpoint every so many steps; null on Ctrl-C only")
-    seed: int = _key(0, "seed of the weights, the data's order and dropout")
-    threads: int | None = _key(None, "CPU threads; null for all cores")
-    deterministic: bool = _key(False, "refuse operations that are not deterministic")
-    accelerator: str = _key("auto", "cpu, cuda or auto")
-    devices: int = _key(1, "number of devices")
-    logger: bool | str = _key(False, "Lightning logger of the training curves: false, csv or tensorboard")
+    max_steps: int = option(200, "optimizer steps of each training stage")
+    precision: str = option("32-true", ", ".join(PRECISIONS))
+    accumulate: int = option(1, "batches whose gradients make one optimizer step")
+    gradient_clip_val: float | None = option(1.0, "clip the gradient's norm to this; null for no clipping")
+    val_interval: int | None = option(None, "validate every so many optimizer steps; null for the end only")
+    checkpoint_interval: int | None = option(50, "save a resumable checkpoint every so many steps; null on Ctrl-C only")
+    seed: int = option(0, "seed of the weights, the data's order and dropout")
+    threads: int | None = option(None, "CPU threads; null for all cores")
+    deterministic: bool = option(False, "refuse operations that are not deterministic")
+    accelerator: str = option("auto", "cpu, cuda or auto")
+    devices: int = option(1, "number of devices")
+    logger: bool | str = option(False, "Lightning logger of the training curves: false, csv or tensorboard")
 
     def __post_init__(self) -> None:
         check_at_least("trainer.max_steps", self.max_steps, 1)
@@ -223,10 +198,10 @@ class TrainerConfig:
 class MeasureConfig:
     """What is measured at the end."""
 
-    latency_rounds: int = _key(30, "timed rounds of each model on each workload")
-    latency_budget: float = _key(20.0, "seconds after which the timing of a workload ends early")
+    latency_rounds: int = option(30, "timed rounds of each model on each workload")
+    latency_budget: float = option(20.0, "seconds after which the timing of a workload ends early")
     latency_tokens: list[int] = field(
-        default_factory=lambda: [1, 128], metadata=_help("workloads: forward passes at batch 1 over so many tokens")
+        default_factory=lambda: [1, 128], metadata=help_text("workloads: forward passes at batch 1 over so many tokens")
     )
 
     def __post_init__(self) -> None:
@@ -240,25 +215,29 @@ class MeasureConfig:
 class RunConfig:
     """The run's folder."""
 
-    dir: str | None = _key(None, "folder of the run, continued if it exists; null for runs/<recipe>/<date_time>")
+    dir: str | None = option(None, "folder of the run, continued if it exists; null for runs/<recipe>/<date_time>")
 
 
 @dataclass
 class Config:
     """All of a recipe."""
 
-    name: str | None = _key(None, "name of the run in reports; null for the recipe's")
-    task: TaskConfig = field(default_factory=TaskConfig, metadata=_help("what to do"))
-    policy: PolicyConfig = field(default_factory=PolicyConfig, metadata=_help("which layer gets which scheme"))
-    qat: QatConfig = field(default_factory=QatConfig, metadata=_help("quantization-aware training"))
-    ptq: PtqConfig = field(default_factory=PtqConfig, metadata=_help("quantization without training"))
-    model: Any = field(default=MISSING, metadata=_help("the model: embedded, transformers or custom"))
-    data: Any = field(default=MISSING, metadata=_help("the data: embedded, text or custom"))
-    optimizer: Any = field(default=MISSING, metadata=_help("the optimizer: adamw, own or custom"))
-    trainer: TrainerConfig = field(default_factory=TrainerConfig, metadata=_help("how each training stage runs"))
-    measure: MeasureConfig = field(default_factory=MeasureConfig, metadata=_help("what is measured at the end"))
-    run: RunConfig = field(default_factory=RunConfig, metadata=_help("the run's folder"))
-    verbose: bool = _key(False, "show Lightning's and transformers' own messages")
+    name: str | None = option(None, "name of the run in reports; null for the recipe's")
+    task: TaskConfig = field(default_factory=TaskConfig, metadata=help_text("what to do"))
+    policy: PolicyConfig = field(default_factory=PolicyConfig, metadata=help_text("which layer gets which scheme"))
+    qat: QatConfig = field(default_factory=QatConfig, metadata=help_text("quantization-aware training"))
+    distill: DistillConfig = field(default_factory=DistillConfig, metadata=help_text("learning from the float model"))
+    lora: LoraSection = field(default_factory=LoraSection, metadata=help_text("adapters on a frozen base"))
+    merge: MergeConfig = field(default_factory=MergeConfig, metadata=help_text("folding adapters into weights"))
+    ptq: PtqConfig = field(default_factory=PtqConfig, metadata=help_text("quantization without training"))
+    plan: PlanConfig = field(default_factory=PlanConfig, metadata=help_text("what task=plan counts with"))
+    model: Any = field(default=MISSING, metadata=help_text("the model: embedded, transformers or custom"))
+    data: Any = field(default=MISSING, metadata=help_text("the data: embedded, text, instructions or custom"))
+    optimizer: Any = field(default=MISSING, metadata=help_text("the optimizer: adamw, own or custom"))
+    trainer: TrainerConfig = field(default_factory=TrainerConfig, metadata=help_text("how each training stage runs"))
+    measure: MeasureConfig = field(default_factory=MeasureConfig, metadata=help_text("what is measured at the end"))
+    run: RunConfig = field(default_factory=RunConfig, metadata=help_text("the run's folder"))
+    verbose: bool = option(False, "show Lightning's and transformers' own messages")
 
 
 def keys_with_help(section: type = Config, prefix: str = "") -> Iterator[tuple[str, str, str]]:
@@ -283,25 +262,6 @@ def _spelled(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ",".join(map(str, value)) + "]"
     return {"None": "null", "True": "true", "False": "false", "???": "(needed)"}.get(str(value), str(value))
-
-
-def check_choice(key: str, value: str, allowed: Sequence[str], also: str = "") -> None:
-    """Raise ConfigError unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
-        listed = ", ".join([*allowed, also] if also else allowed)
-        raise ConfigError(f"{key}={value} is not allowed: it is one of {listed}.{did_you_mean(value, allowed)}")
-
-
-def check_at_least(key: str, value: float | None, least: float) -> None:
-    """Raise ConfigError when a number is given and below ``least`` (or NaN)."""
-    if value is not None and not value >= least:
-        raise ConfigError(f"{key}={value} is not allowed: it must be at least {least}")
-
-
-def check_above(key: str, value: float | None, bound: float) -> None:
-    """Raise ConfigError when a number is given and not above ``bound``."""
-    if value is not None and not value > bound:
-        raise ConfigError(f"{key}={value} is not allowed: it must be above {bound}")
 
 
 def _check_needs(stages: Iterable[str], stage: str, any_of: Sequence[str]) -> None:

@@ -7,12 +7,13 @@ from typing import Any, Final
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from qat_plugin.config.schema import AdamW, Config, EmbeddedModel, EmbeddedText, TextFiles, TransformersModel
+from qat_plugin.config.options import AdamW, EmbeddedModel, EmbeddedText, InstructionFiles, TextFiles, TransformersModel
+from qat_plugin.config.schema import Config
 
 SCHEMA: Final = "schema"
 _OPTIONS: Final[dict[str, dict[str, type]]] = {
     "model": {"embedded": EmbeddedModel, "transformers": TransformersModel},
-    "data": {"embedded": EmbeddedText, "text": TextFiles},
+    "data": {"embedded": EmbeddedText, "text": TextFiles, "instructions": InstructionFiles},
     "optimizer": {"adamw": AdamW},
 }
 

@@ -19,6 +19,11 @@ from qat_plugin.errors import ConfigError
 _INCIDENTAL: Final = ("run", "verbose")
 """Sections that change nothing about the results."""
 
+_WITHOUT_FILES: Final = ("plan", "merge")
+"""Tasks that need no data; a plan of a known architecture needs no model either."""
+
+_FILES: Final = (("model", "path"), ("data", "train"))
+
 _OPEN_GROUPS: Final = ("model", "data", "optimizer")
 
 
@@ -33,6 +38,8 @@ def to_config(composed: DictConfig, *, name: str | None = None) -> Config:
         ConfigError: for a missing value, or one out of its range.
     """
     _refuse_added_keys(composed)
+    if composed.task.name in _WITHOUT_FILES:
+        _leave_out(composed)
     try:
         config: Any = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
@@ -41,6 +48,13 @@ def to_config(composed: DictConfig, *, name: str | None = None) -> Config:
     config.name = config.name or name
     config.policy.rules = dict(_flat_rules(config.policy.rules))
     return config
+
+
+def _leave_out(composed: DictConfig) -> None:
+    """What these tasks do not need may be missing."""
+    for section, key in _FILES:
+        if key in composed[section] and OmegaConf.is_missing(composed[section], key):
+            composed[section][key] = ""
 
 
 def _refuse_added_keys(node: DictConfig, prefix: str = "") -> None:

@@ -6,21 +6,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from qat_plugin.config.catalogue import groups, recipes
-from qat_plugin.config.schema import (
-    AdamW,
-    Config,
-    EmbeddedModel,
-    EmbeddedText,
-    TextFiles,
-    TransformersModel,
-    keys_with_help,
-)
+from qat_plugin.config.options import AdamW, EmbeddedModel, EmbeddedText, InstructionFiles, TextFiles, TransformersModel
+from qat_plugin.config.schema import Config, keys_with_help
 
 _OPTIONS = {
     "model=embedded": ("model.", EmbeddedModel),
     "model=transformers": ("model.", TransformersModel),
     "data=embedded": ("data.", EmbeddedText),
     "data=text": ("data.", TextFiles),
+    "data=instructions": ("data.", InstructionFiles),
     "optimizer=adamw": ("optimizer.", AdamW),
 }
 
@@ -34,6 +28,8 @@ Examples
   qat recipe=qat_int4_llama model.path=DIR data.train=FILE data.valid=FILE
   qat -m recipe=ptq_tiny policy=int8,int4,mixed           sweep
   qat --config-dir mine recipe=my70b                      your own recipes, in the folder mine/
+  qat task=plan recipe=qlora_70b_one_gpu plan.gpu_gib=48  will it fit, and what to change if not
+  qat task=merge run=DIR                                  fold a run's adapter into its base
   qat resume=DIR                                          go on with a run that was stopped
   qat task=evaluate run=DIR                               measure a run's converted model again
   qat task=doctor                                         what this machine can do

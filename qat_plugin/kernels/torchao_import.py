@@ -1,7 +1,7 @@
 """Importing torchao without its noise.
 
 On a machine without CUDA its import logs, on two loggers, that CUDA libraries do not load and that an enum's
-registration is deprecated. A filter drops those known texts during our own import only; ``qat task=doctor`` shows
+registration is deprecated; bitsandbytes' logs that an optional kernel was not found. A filter drops those known texts during our own import only; ``qat task=doctor`` shows
 what was dropped. On a CUDA machine nothing is filtered: there a library that does not load matters.
 """
 
@@ -17,6 +17,7 @@ import torch
 _KNOWN = {
     "torchao": ("Failed to load", "Skipping import of cpp extensions"),
     "torch.utils._pytree": ("is an Enum subclass and is now natively supported",),
+    "bitsandbytes.backends.cpu.ops": ("from kernels-community",),  # an optional inference kernel of a hub
 }
 dropped: list[str] = []
 

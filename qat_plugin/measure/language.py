@@ -132,8 +132,9 @@ def _forward(model: nn.Module, index: int, batch: Mapping[str, torch.Tensor]) ->
         if "input_ids" not in parameters and not open_ended:
             return logits_of(model(ids), dimensions=3)
         extra: dict[str, object] = {}
-        if "attention_mask" in batch and (open_ended or "attention_mask" in parameters):
-            extra["attention_mask"] = batch["attention_mask"].to(device)
+        for name in ("attention_mask", "position_ids"):  # packed examples come with positions that begin anew
+            if name in batch and (open_ended or name in parameters):
+                extra[name] = batch[name].to(device)
         if "use_cache" in parameters:
             extra["use_cache"] = False
         return logits_of(model(input_ids=ids, **extra), dimensions=3)

@@ -12,6 +12,8 @@ from typing_extensions import override
 
 from qat_plugin.errors import ConfigError
 from qat_plugin.models.loading import load_causal_lm
+from qat_plugin.models.objective import Distillation, Objective
+from qat_plugin.models.optimizers import adamw, allow_states_in_checkpoints
 
 __all__ = ["CausalLM", "load_causal_lm"]
 
@@ -19,8 +21,8 @@ __all__ = ["CausalLM", "load_causal_lm"]
 class CausalLM(L.LightningModule):
     """Next-token training of a causal language model: AdamW, linear warm-up, cosine decay to a tenth.
 
-    Batches hold ``input_ids`` and ``labels``, int64 [B, T] of equal ids (the model shifts the labels). Logs
-    ``train_loss``, ``val_loss`` and ``val_perplexity`` (and ``test_``), in nats per token, weighted by tokens.
+    Batches hold ``input_ids`` and ``labels``, int64 [B, T] (labels are shifted here; -100 is not predicted), and may hold
+    ``attention_mask`` or, for packed examples, ``position_ids``. Logs ``train_loss``, ``val_loss`` and ``val_perplexity`` (and ``test_``), in nats per token, weighted by tokens.
 
     Args:
         model: a transformers model whose forward takes ``input_ids`` and ``labels`` and returns ``.loss``.
@@ -29,6 +31,12 @@ class CausalLM(L.LightningModule):
         weight_decay: decoupled, of matrices only.
         warmup_steps: optimizer steps of linear warm-up.
         betas: AdamW's.
+        optimizer_bits: of AdamW's two moments, 32 or 8.
+        chunked_loss: never hold the logits of all tokens at once.
+        distillation: learn from ``teacher`` beside the data.
+        teacher: a float model of the same vocabulary, kept outside of this module's parameters and checkpoints;
+            ``None`` with ``distillation`` takes the frozen base under the adapters.
+        base_record: where a quantized base came from (:func:`qat_plugin.qlora.load_base` returns it).
 
     Raises:
         ConfigError: for a number out of its range.
@@ -43,6 +51,11 @@ class CausalLM(L.LightningModule):
         weight_decay: float = 0.01,
         warmup_steps: int = 10,
         betas: tuple[float, float] = (0.9, 0.95),
+        optimizer_bits: int = 32,
+        chunked_loss: bool = True,
+        distillation: Distillation | None = None,
+        teacher: nn.Module | None = None,
+        base_record: Any = None,
     ) -> None:
         super().__init__()
         if not learning_rate > 0:
@@ -53,7 +66,15 @@ class CausalLM(L.LightningModule):
         self.model = model.train()
         self.tokenizer = tokenizer
         self.learning_rate, self.weight_decay, self.warmup_steps = learning_rate, weight_decay, warmup_steps
-        self.betas = betas
+        self.betas, self.optimizer_bits, self.base_record = betas, optimizer_bits, base_record
+        if optimizer_bits == 8:
+            allow_states_in_checkpoints()
+        if teacher is not None:
+            teacher.requires_grad_(False).eval()
+        # not a submodule: its weights are in no checkpoint, and no optimizer
+        self.__dict__["_objective"] = Objective(
+            model, chunked=chunked_loss, distillation=distillation, teacher=teacher
+        )
 
     @override
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
@@ -62,7 +83,7 @@ class CausalLM(L.LightningModule):
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self._loss(batch)
+        loss = self.objective(batch)
         self.log("train_loss", loss.detach(), on_step=True, on_epoch=False, prog_bar=True)
         return loss
 
@@ -90,7 +111,7 @@ class CausalLM(L.LightningModule):
         decayed = [parameter for parameter in matrices if id(parameter) not in scales]
         others = [parameter for parameter in trained if all(parameter is not other for other in decayed)]
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
+        optimizer = adamw(groups, lr=self.learning_rate, betas=self.betas, bits=self.optimizer_bits)
         total = self.trainer.estimated_stepping_batches
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -104,13 +125,16 @@ class CausalLM(L.LightningModule):
         done = min(1.0, (step - self.warmup_steps) / max(1, total - self.warmup_steps))
         return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
 
-    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
-        loss: Tensor = self.model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
-        return loss
+    @property
+    def objective(self) -> Objective:
+        """The training loss."""
+        objective: Objective = self.__dict__["_objective"]
+        return objective
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
         tokens = int((batch["labels"][:, 1:] != -100).sum())
-        self.log(f"{stage}_loss", self._loss(batch).float(), on_step=False, on_epoch=True, batch_size=tokens)
+        loss = self.objective.cross_entropy(batch)
+        self.log(f"{stage}_loss", loss.float(), on_step=False, on_epoch=True, batch_size=tokens)
 
     def _log_perplexity(self, stage: str) -> None:
         loss = self.trainer.callback_metrics.get(f"{stage}_loss")

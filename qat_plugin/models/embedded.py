@@ -33,7 +33,7 @@ from qat_plugin.data.text import TextData
 from qat_plugin.errors import ConfigError
 from qat_plugin.kernels.torchao_import import known_noise_dropped
 from qat_plugin.measure import Progress, progressing
-from qat_plugin.models.loading import quiet_transformers
+from qat_plugin.qlora.source import cache_directory, quiet_transformers
 
 _MARK = "complete.json"
 _FORMAT = 1
@@ -71,15 +71,6 @@ class EmbeddedRecipe:
         """A hash of the recipe and its text."""
         content = json.dumps({**asdict(self), "corpus": corpus.fingerprint, "format": _FORMAT}, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
-def cache_directory() -> Path:
-    """Where the model is kept: ``QAT_PLUGIN_CACHE``, else the user's cache directory."""
-    if given := os.environ.get("QAT_PLUGIN_CACHE"):
-        return Path(given).expanduser()
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("qat_plugin"))
 
 
 def embedded_lm(*, seed: int = 0, progress: Progress | bool = True, recipe: EmbeddedRecipe | None = None) -> Path:

@@ -7,14 +7,20 @@ from qat_plugin.report.files import write_report
 from qat_plugin.report.json import from_json, read_report, to_json
 from qat_plugin.report.markdown import to_markdown
 from qat_plugin.report.model import (
+    ADAPTER_LADDER,
+    BASE,
     BF16,
     CONVERTED,
     FINE_TUNED,
     FINE_TUNED_PTQ,
     FLOAT,
     LADDER,
+    MERGED,
+    NF4_BASE,
     PTQ,
     QAT,
+    QAT_LORA,
+    QLORA,
     RELOADED,
     LatencyRow,
     Report,
@@ -25,14 +31,20 @@ from qat_plugin.report.noise import PairedDifference, paired_difference
 from qat_plugin.report.verdict import verdict_of, with_verdict
 
 __all__ = [
+    "ADAPTER_LADDER",
+    "BASE",
     "BF16",
     "CONVERTED",
     "FINE_TUNED",
     "FINE_TUNED_PTQ",
     "FLOAT",
     "LADDER",
+    "MERGED",
+    "NF4_BASE",
     "PTQ",
     "QAT",
+    "QAT_LORA",
+    "QLORA",
     "RELOADED",
     "SCHEMA",
     "LatencyRow",

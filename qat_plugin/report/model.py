@@ -16,10 +16,16 @@ FINE_TUNED_PTQ: Final = "fine-tuned, then PTQ"
 QAT: Final = "QAT"
 CONVERTED: Final = "converted"
 RELOADED: Final = "reloaded"
+BASE: Final = "base"
+NF4_BASE: Final = "NF4 base"
+QLORA: Final = "QLoRA"
+QAT_LORA: Final = "QAT + LoRA"
+MERGED: Final = "merged"
 BF16: Final = "bf16"
-"""Names of the ladder's rows, and of the models in the latency table (float, bf16, converted)."""
+"""Names of the ladders' rows, and of the models in the latency table (float, bf16, converted)."""
 
 LADDER: Final = (FLOAT, PTQ, FINE_TUNED, FINE_TUNED_PTQ, QAT, CONVERTED, RELOADED)
+ADAPTER_LADDER: Final = (FLOAT, NF4_BASE, QLORA, MERGED, CONVERTED, RELOADED)
 
 Metrics = LMMetrics | ClassifierMetrics
 
@@ -29,7 +35,7 @@ class Row:
     """One rung of the ladder: a model in one form.
 
     Attributes:
-        name: one of ``LADDER``, or a name of your own for a further baseline.
+        name: one of ``LADDER`` or ``ADAPTER_LADDER``, or a name of your own for a further baseline.
         metrics: its quality on the held-out data; ``None`` when it was not evaluated.
         bytes_memory: bytes of its parameters and buffers in memory.
         bytes_disk: bytes of its file or folder on disk; ``None`` when it was not saved.
@@ -79,6 +85,8 @@ class Report:
         proof: ``Proof.to_list()``, one mapping a converted layer.
         latency: all workloads and models.
         sqnr: layer -> dB of its quantized weight against the float weight it was made from.
+        survival: per layer, what of the adapter's update is left in each form the merged weights can be stored in
+            (``Survival.to_dict()``).
         environment: name -> value: versions, device, threads.
         verdict: sentences; see ``report.verdict_of``.
     """
@@ -92,11 +100,12 @@ class Report:
     proof: tuple[Mapping[str, Any], ...] = ()
     latency: tuple[LatencyRow, ...] = ()
     sqnr: Mapping[str, float] = field(default_factory=dict)
+    survival: tuple[Mapping[str, Any], ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     verdict: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("rows", "plan", "proof", "latency", "verdict"):
+        for name in ("rows", "plan", "proof", "latency", "survival", "verdict"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         names = [row.name for row in self.rows]
         if len(set(names)) < len(names):

@@ -40,7 +40,8 @@ class Table:
 
 def tables(report: Report) -> list[Table]:
     """All tables of the report that have rows, in the order of reading."""
-    made = (ladder(report), sizes(report), latencies(report), plan(report), proof(report), sqnr(report))
+    made = (ladder(report), sizes(report), latencies(report), plan(report), proof(report), sqnr(report),
+            survival(report))  # fmt: skip
     return [table for table in made if table.rows]
 
 
@@ -150,6 +151,35 @@ def sqnr(report: Report) -> Table:
     return Table(
         "SQNR of the weights", ("layer", "SQNR"), rows, notes=_only_some(len(rows), len(worst), "worst layers")
     )
+
+
+def survival(report: Report) -> Table:
+    """Cosine between what stored weights changed by and the adapter's true update: the mean, then the worst layers."""
+    if not report.survival:
+        return Table("Survival of the update", (), ())
+    choices = list(dict.fromkeys(choice for layer in report.survival for choice in layer["cosines"]))
+    worst = sorted(report.survival, key=lambda layer: min(layer["cosines"].values()))
+    rows = [("mean of all layers", "-", *(_cosine(mean_cosine(report, choice)) for choice in choices))]
+    for layer in worst[:WORST_LAYERS]:
+        cosines = (_cosine(layer["cosines"].get(choice)) for choice in choices)
+        rows.append((str(layer["name"]), percent(float(layer["size"])), *cosines))
+    notes = (
+        "Cosine between the change of the stored weights and the update that was learned: 1 is all of it, 0 nothing. "
+        "original: into the float weights in 16 bits; nf4-exact: into the dequantized NF4 weights in 16 bits; "
+        "the others: quantized after merging.",
+        *_only_some(len(rows) - 1, len(worst), "worst layers"),
+    )
+    return Table("Survival of the update", ("layer", "|update|/|weight|", *choices), tuple(rows), notes=notes)
+
+
+def mean_cosine(report: Report, choice: str) -> float | None:
+    """Mean over the layers that have this choice."""
+    found = [float(layer["cosines"][choice]) for layer in report.survival if choice in layer["cosines"]]
+    return sum(found) / len(found) if found else None
+
+
+def _cosine(value: float | None) -> str:
+    return _cell(value, lambda number: f"{number:.4f}")
 
 
 def _only_some(shown: int, total: int, which: str) -> Cells:

@@ -16,11 +16,13 @@ from qat_plugin.report.model import (
     FLOAT,
     PTQ,
     QAT,
+    QAT_LORA,
     RELOADED,
     Metrics,
     Report,
     Row,
 )
+from qat_plugin.report import adapters
 from qat_plugin.report.noise import PairedDifference, paired_difference
 from qat_plugin.report.plan import is_float, stored_bytes
 from qat_plugin.report.units import in_bytes, percent, times
@@ -38,6 +40,7 @@ def verdict_of(report: Report) -> list[str]:
         _worth_training,
         _recovered,
         _training_alone,
+        adapters.verdict,
         _kept_by_conversion,
         _kept_by_saving,
         _proven,
@@ -121,21 +124,21 @@ def _recovered(report: Report) -> Iterator[str]:
 
 
 def _kept_by_conversion(report: Report) -> Iterator[str]:
-    qat, converted = _measured(report, QAT), _measured(report, CONVERTED)
+    qat, converted = _measured(report, QAT) or _measured(report, QAT_LORA), _measured(report, CONVERTED)
     if qat is None or converted is None:
         return
     before, after = _value(qat), _value(converted)
     what = _unit_of_quality(qat)
     if after == before:
-        yield f"The converted model has exactly the {what} of QAT ({_quality(converted)})."
+        yield f"The converted model has exactly the {what} of {qat.name} ({_quality(converted)})."
     elif abs(after - before) < SAME_PERPLEXITY:
         yield (
-            f"The converted model keeps QAT's {what} to 4 decimals ({_quality(converted)}; they differ by "
+            f"The converted model keeps {qat.name}'s {what} to 4 decimals ({_quality(converted)}; they differ by "
             f"{after - before:+.1e})."
         )
     else:
         yield (
-            f"The converted model does not keep QAT's {what}: {_quality(qat)} became {_number(converted)} "
+            f"The converted model does not keep {qat.name}'s {what}: {_quality(qat)} became {_number(converted)} "
             f"({after - before:+.2g}); what was trained is not quite what ships."
         )
 

@@ -34,7 +34,11 @@ def custom_subject(config: Config, allow: tuple[str, ...]) -> Subject:
     batch = next(iter(first_loader(data.val_dataloader())), None)
     ids, labels = (batch.get("input_ids"), batch.get("labels")) if isinstance(batch, Mapping) else (None, None)
     language = ids is not None and labels is not None and ids.shape == labels.shape
-    return Subject(lambda: build_custom(config, allow), data, language)
+
+    def build() -> L.LightningModule:
+        return build_custom(config, allow)
+
+    return Subject(build, data, language, build_student=build, build_base=build)
 
 
 def build_custom(config: Config, allow: tuple[str, ...]) -> L.LightningModule:

@@ -7,6 +7,8 @@
         run.json         hash, seed, versions, data, wall times, metrics, sha256 of each artifact
         log              what was said, Lightning's own messages included
         checkpoints/     <stage>/last.ckpt, float weights, resumable; <stage>/quantizers.pt
+        adapter/         adapter_model.safetensors and adapter_config.json, as peft reads them
+        merged/          the base with the adapter folded in, a transformers directory
         converted/       model.safetensors and plan.json
         report.json  report.md
         curves/          of trainer.logger=csv or tensorboard
@@ -28,7 +30,11 @@ from qat_plugin.runs.record import FILE, Record, sha256_of
 
 RECIPE: Final = "recipe.yaml"
 CONVERTED: Final = "converted"
-_ARTIFACTS: Final = ("recipe.yaml", "report.json", "report.md", "converted/*", "checkpoints/*/*")
+ADAPTER: Final = "adapter"
+MERGED: Final = "merged"
+_ARTIFACTS: Final = (
+    "recipe.yaml", "report.json", "report.md", "adapter/*", "merged/*", "converted/*", "checkpoints/*/*",
+)  # fmt: skip
 _DIFFERENCES_SHOWN: Final = 5
 
 

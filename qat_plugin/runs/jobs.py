@@ -11,6 +11,7 @@ from typing import Final
 import lightning as L
 import torch
 
+from qat_plugin import qlora
 from qat_plugin import report as reporting
 from qat_plugin.config.catalogue import recipes
 from qat_plugin.config.launch import Job
@@ -21,19 +22,25 @@ from qat_plugin.errors import ConfigError, QatError
 from qat_plugin.measure import file_bytes, model_bytes, parameter_count
 from qat_plugin.policy import Plan
 from qat_plugin.report import Report, Row
+from qat_plugin.runs.adapter_ladder import AdapterLadder, adapt
+from qat_plugin.runs.base_policy import policy_of, trains_adapters
 from qat_plugin.runs.custom import custom_subject
 from qat_plugin.runs.doctor import examination
-from qat_plugin.runs.folder import CONVERTED, RunFolder, open_folder
+from qat_plugin.runs.folder import ADAPTER, CONVERTED, MERGED, RunFolder, open_folder
 from qat_plugin.runs.interruption import EXIT_CODE, Interrupted, Interruptions
 from qat_plugin.runs.journal import journal, say
 from qat_plugin.runs.ladder import Ladder
 from qat_plugin.runs.language_model import language_subject
-from qat_plugin.runs.planning import planned, policy_of
+from qat_plugin.runs.merging import merge_run
+from qat_plugin.runs.planning import planned
 from qat_plugin.runs.subject import Subject, network_of
 from qat_plugin.runs.training import accelerator_of
 
 MISTAKE: Final = 2
 _REPORT: Final = "report.json"
+_PRODUCTS: Final = {
+    "report.md": "report", ADAPTER: "adapter", MERGED: "merged model", CONVERTED: "converted model",
+}  # fmt: skip
 
 
 def run_job(job: Job, given: Sequence[str]) -> int:
@@ -56,6 +63,9 @@ def run_job(job: Job, given: Sequence[str]) -> int:
             case "plan":
                 with journal(None, verbose=config.verbose):
                     print(planned(job))
+            case "merge":
+                with journal(None, verbose=config.verbose):
+                    merge_run(job)
             case "evaluate":
                 with journal(None, verbose=config.verbose):
                     evaluate(job)
@@ -78,8 +88,12 @@ def evaluate(job: Job) -> None:
     subject = subject_of(job)
     network = network_of(subject.build()).eval()
     rows = [Row(reporting.FLOAT, subject.evaluate(network, None), model_bytes(network))]
-    if config.run.dir is not None:
-        folder = Path(config.run.dir).expanduser() / CONVERTED
+    folder = Path(config.run.dir or "").expanduser() / CONVERTED
+    if config.run.dir is not None and trains_adapters(config):
+        adapted = adapt(config, subject.build_base())
+        qlora.load_adapter(adapted, folder.parent / ADAPTER)
+        rows.append(Row(reporting.QLORA, subject.evaluate(adapted.eval(), network), model_bytes(adapted)))
+    if config.run.dir is not None and (folder.exists() or not trains_adapters(config)):
         small = load_converted(network_of(subject.build()).eval(), folder)
         rows.append(Row(reporting.RELOADED, subject.evaluate(small, network), model_bytes(small), file_bytes(folder)))
     report = Report(_title(config), rows=tuple(rows), parameters=parameter_count(network))
@@ -103,14 +117,14 @@ def climb(job: Job, command: str) -> int:
     if job.recipe is None:
         names = ", ".join(entry.name for entry in recipes())
         raise ConfigError(f"task={config.task.name} needs a recipe: recipe=NAME, with NAME one of {names}")
-    planned(job)  # what is wrong with the recipe shows before anything is written
+    plan = planned(job)  # what is wrong with the recipe shows before anything is written
     folder = open_folder(config, command, default=job.folder, allow=job.allow)
     interruptions = Interruptions(f"qat: stopped at once. Go on with: {folder.resume_command}")
     with journal(folder.path / "log", verbose=config.verbose):
         say(f"{_title(config)}\nfolder: {folder.shown}")
         try:
             with interruptions.listening():
-                report = _climbed(job, folder, interruptions)
+                report = _climbed(job, plan, folder, interruptions)
         except BaseException as error:
             stopped = isinstance(error, (Interrupted, KeyboardInterrupt)) or interruptions.received > 0
             folder.record.status = "interrupted" if stopped else "failed"
@@ -122,11 +136,12 @@ def climb(job: Job, command: str) -> int:
             return EXIT_CODE
         folder.finish()
         reporting.print_report(report)
-        say(f"\nreport: {folder.shown}/report.md   converted model: {folder.shown}/converted")
+        made = [f"{what}: {folder.shown}/{name}" for name, what in _PRODUCTS.items() if (folder.path / name).exists()]
+        say("\n" + "   ".join(made))
     return 0
 
 
-def _climbed(job: Job, folder: RunFolder, interruptions: Interruptions) -> Report:
+def _climbed(job: Job, plan: Plan, folder: RunFolder, interruptions: Interruptions) -> Report:
     config, record = job.config, folder.record
     subject = subject_of(job)
     if record.data_fingerprint and record.data_fingerprint != subject.fingerprint:
@@ -135,11 +150,13 @@ def _climbed(job: Job, folder: RunFolder, interruptions: Interruptions) -> Repor
             f"{subject.fingerprint[:12]}): its stages would not be comparable; start again in another run.dir"
         )
     record.data_fingerprint = subject.fingerprint
-    agreed = policy_of(config.policy).plan(network_of(subject.build()))
+    adapters = trains_adapters(config)
+    agreed = plan if adapters else policy_of(config.policy).plan(network_of(subject.build()))
     say(f"{agreed.summary()}\n")
     earlier = folder.path / _REPORT
     report = reporting.read_report(earlier) if folder.continued and earlier.is_file() else _begun(job, folder, agreed)
-    return Ladder(config, subject, agreed, folder, interruptions, report).climb()
+    ladder = AdapterLadder if adapters else Ladder
+    return ladder(config, subject, agreed, folder, interruptions, report).climb()
 
 
 def _begun(job: Job, folder: RunFolder, agreed: Plan) -> Report:

@@ -1,21 +1,29 @@
-"""The subject of a run on a causal language model: the embedded one, or one in a local directory."""
+"""The subject of a run on a causal language model: the embedded one, or one in a directory or on a hub."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 
-from qat_plugin.config.schema import AdamW, Config, EmbeddedModel, EmbeddedText, TextFiles, TransformersModel
+from qat_plugin import qlora
+from qat_plugin.config.options import AdamW, EmbeddedModel, InstructionFiles, TextFiles, TransformersModel
+from qat_plugin.config.schema import Config
 from qat_plugin.data.embedded import embedded_corpus
 from qat_plugin.data.text import TextData
 from qat_plugin.kernels.torchao_import import known_noise_dropped
 from qat_plugin.models.causal_lm import CausalLM, load_causal_lm
 from qat_plugin.models.embedded import EmbeddedRecipe, embedded_lm
+from qat_plugin.models.objective import Distillation
+from qat_plugin.qlora.source import find_source, load_tokenizer
+from qat_plugin.runs.base_policy import base_policy
 from qat_plugin.runs.custom import with_optimizer
 from qat_plugin.runs.subject import Subject, placed
+from qat_plugin.runs.training import accelerator_of
 
 
 def language_subject(config: Config, allow: tuple[str, ...]) -> Subject:
@@ -25,17 +33,59 @@ def language_subject(config: Config, allow: tuple[str, ...]) -> Subject:
         DataError: for text that cannot be used.
         CheckpointError: for a model that cannot be loaded.
     """
-    with known_noise_dropped():  # transformers imports parts of torchao
-        path = _directory(config.model)
-        _, tokenizer = load_causal_lm(path)
-    data = _text(config, config.data, tokenizer)
-    data.setup()
+    path = model_directory(config)
+    tokenizer = load_tokenizer(path)
+    data = _data(config, tokenizer)
+    data.setup("fit")
+    distillation = Distillation(config.distill.weight, config.distill.temperature) if config.distill.weight else None
+
+    def module_of(model: Any, **options: Any) -> L.LightningModule:
+        module = CausalLM(model, tokenizer, **_schedule(config.optimizer), **options)
+        return placed(with_optimizer(module, config, allow), config)
+
+    def build_from(folder: Path) -> L.LightningModule:
+        return module_of(_float(folder))
 
     def build() -> L.LightningModule:
-        model, _ = load_causal_lm(path)
-        return placed(with_optimizer(CausalLM(model, tokenizer, **_schedule(config.optimizer)), config, allow), config)
+        return build_from(path)
 
-    return Subject(build, data, language=True)
+    def build_student() -> L.LightningModule:
+        if distillation is None:
+            return build()
+        model = _float(path)
+        dtype = torch.bfloat16 if config.trainer.precision == "bf16-true" else torch.float32
+        return module_of(model, distillation=distillation, teacher=copy.deepcopy(model).to(dtype))
+
+    def build_base() -> L.LightningModule:
+        keeps = isinstance(config.model, TransformersModel) and config.model.cache
+        with known_noise_dropped():
+            model, _, record = qlora.load_base(
+                path,
+                base_policy(config),
+                backend=config.lora.backend,  # type: ignore[arg-type]
+                dtype=torch.float32 if config.trainer.precision.startswith("32") else torch.bfloat16,
+                device=accelerator_of(config.trainer),
+                cache=keeps,
+            )
+        return module_of(model, distillation=distillation, base_record=record)
+
+    return Subject(
+        build, data, language=True,
+        build_student=build_student, build_base=build_base, build_from=build_from, directory=path,
+    )  # fmt: skip
+
+
+def model_directory(config: Config) -> Path:
+    """Where the model lies; the embedded one is trained first if it is not in the cache, a hub's is downloaded.
+
+    Raises:
+        DataError: when there is none.
+    """
+    model = config.model
+    with known_noise_dropped():  # transformers imports parts of torchao
+        if isinstance(model, EmbeddedModel):
+            return embedded_lm(recipe=embedded_recipe(model))
+        return find_source(model.path, revision=model.revision).folder
 
 
 def embedded_recipe(model: EmbeddedModel) -> EmbeddedRecipe:
@@ -43,34 +93,37 @@ def embedded_recipe(model: EmbeddedModel) -> EmbeddedRecipe:
     return EmbeddedRecipe(**{name: value for name, value in asdict(model).items() if name != "kind"})
 
 
-def _directory(model: EmbeddedModel | TransformersModel) -> Path:
-    """Where the model lies; the embedded one is trained first if it is not in the cache."""
-    if isinstance(model, EmbeddedModel):
-        return embedded_lm(recipe=embedded_recipe(model))
-    return Path(model.path)
+def _float(path: Path) -> Any:
+    with known_noise_dropped():
+        model, _ = load_causal_lm(path)
+    return model
 
 
 def _schedule(optimizer: Any) -> dict[str, Any]:
     if not isinstance(optimizer, AdamW):
         return {}
-    return {name: value for name, value in asdict(optimizer).items() if name != "kind"}
+    options = {name: value for name, value in asdict(optimizer).items() if name not in ("kind", "bits")}
+    return {**options, "optimizer_bits": optimizer.bits}
 
 
-def _text(config: Config, data: EmbeddedText | TextFiles, tokenizer: Any) -> TextData:
+def _data(config: Config, tokenizer: Any) -> Any:
+    data: Any = config.data
+    windows: dict[str, Any] = {
+        "sequence_length": data.sequence_length,
+        "batch_size": data.batch_size,
+        "eval_batch_size": data.eval_batch_size,
+        "eval_tokens": data.eval_tokens,
+        "seed": config.trainer.seed,
+    }
+    if isinstance(data, InstructionFiles):
+        from qat_plugin.data.instructions import InstructionData
+
+        valid = data.valid and Path(data.valid)
+        options = {"packing": data.packing, "answers_only": data.answers_only}
+        return InstructionData(tokenizer, Path(data.train), valid, **options, **windows)
     if isinstance(data, TextFiles):
-        key = data.key
-        sources: tuple[Any, Any] = (Path(data.train), data.valid and Path(data.valid))
-    else:
-        sizes = config.model if isinstance(config.model, EmbeddedModel) else EmbeddedModel()
-        corpus = embedded_corpus(train_characters=sizes.train_characters, valid_characters=sizes.valid_characters)
-        sources, key = (corpus.train_documents, corpus.valid_documents), "text"
-    return TextData(
-        tokenizer,
-        *sources,
-        sequence_length=data.sequence_length,
-        batch_size=data.batch_size,
-        eval_batch_size=data.eval_batch_size,
-        eval_tokens=data.eval_tokens,
-        seed=config.trainer.seed,
-        key=key,
-    )
+        valid = data.valid and Path(data.valid)
+        return TextData(tokenizer, Path(data.train), valid, key=data.key, **({"packing": True} if data.packing else {}), **windows)
+    sizes = config.model if isinstance(config.model, EmbeddedModel) else EmbeddedModel()
+    corpus = embedded_corpus(train_characters=sizes.train_characters, valid_characters=sizes.valid_characters)
+    return TextData(tokenizer, corpus.train_documents, corpus.valid_documents, **windows)

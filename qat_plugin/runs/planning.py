@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+
+from torch import nn
 
 from qat_plugin.callbacks import Schedule
 from qat_plugin.config.launch import Job
-from qat_plugin.config.schema import Config, EmbeddedText, PolicyConfig, TextFiles, TransformersModel
+from qat_plugin.config.fields import is_hub_name
+from qat_plugin.config.options import EmbeddedText, InstructionFiles, TextFiles, TransformersModel
+from qat_plugin.config.schema import Config
 from qat_plugin.config.targets import is_target
 from qat_plugin.config.typed import option_of
-from qat_plugin.errors import ConfigError, SchemeError, did_you_mean
-from qat_plugin.policy import Plan, Policy
+from qat_plugin.errors import ConfigError, did_you_mean
+from qat_plugin.policy import Plan
+from qat_plugin.qlora.adapters import AdapterOptions, target_layers
+from qat_plugin.qlora.prepare import base_plan
+from qat_plugin.runs.base_policy import base_policy, check_scheme, policy_of, trains_adapters
 from qat_plugin.runs.skeleton import skeleton_of
 from qat_plugin.runs.training import accelerator_of
 from qat_plugin.scheme import Scheme
@@ -27,25 +33,50 @@ def planned(job: Job) -> Plan:
     config = job.config
     device = accelerator_of(config.trainer)
     check_choices(config)
+    if trains_adapters(config):
+        return _planned_base(config, skeleton_of(config, job.allow))
     policy = policy_of(config.policy)
     if "qat" in config.task.stages:
         Schedule(config.qat.start, config.qat.freeze).resolve(config.trainer.max_steps)
     return policy.plan(skeleton_of(config, job.allow), device=device)
 
 
-def policy_of(config: PolicyConfig) -> Policy:
-    """The policy of a recipe.
+def _planned_base(config: Config, network: nn.Module) -> Plan:
+    """The plan of the adapters' base; the adapters' options are checked on the way."""
+    plan, lora = base_plan(network, base_policy(config)), adapter_options(config)
+    target_layers(network, lora.targets)
+    for scheme in [*config.merge.compare, *([config.merge.scheme] if config.merge.scheme else [])]:
+        check_scheme("merge.scheme", scheme)
+    integer = any(layer.scheme is not None and layer.scheme.is_integer for layer in plan)
+    if config.distill.weight and not integer:
+        raise ConfigError(
+            "distill.weight learns from the float model, which a run on an NF4 base does not hold: use it with an "
+            "integer policy (policy=int4), or set distill.weight=0"
+        )
+    if integer and config.merge.scheme:
+        raise ConfigError(
+            f"merge.scheme={config.merge.scheme}: this base is fake-quantized to the policy's schemes already, and is "
+            "converted to those; set merge.scheme=null"
+        )
+    if not integer and "converted" in config.task.stages and config.merge.scheme is None:
+        raise ConfigError("the stage 'converted' needs merge.scheme=SCHEME, what the merged model is to become")
+    if config.merge.scheme and Scheme.parse(config.merge.scheme).kind == "nf4":
+        raise ConfigError(
+            f"merge.scheme={config.merge.scheme}: quantizing merged weights into NF4 again erases small updates. Keep "
+            "the adapter beside its base, or give an integer scheme"
+        )
+    return plan
+
+
+def adapter_options(config: Config) -> AdapterOptions:
+    """The adapters of a recipe.
 
     Raises:
-        ConfigError: when it changes nothing, or for a misspelt scheme; PolicyError for a malformed pattern.
+        ConfigError: for an option that is not allowed.
     """
-    if not config.rules and config.default is None:
-        raise ConfigError("the policy changes no layer: give policy.default=SCHEME or policy.rules.ROLE=SCHEME")
-    _check_spelling("default", config.default)
-    for pattern, scheme in config.rules.items():
-        _check_spelling(f"rules.{pattern}", scheme)
-    indivisible: Any = config.indivisible
-    return Policy(config.rules, default=config.default, keep=config.keep, indivisible=indivisible)
+    lora = config.lora
+    targets = lora.targets if isinstance(lora.targets, str) else tuple(map(str, lora.targets))
+    return AdapterOptions(lora.rank, lora.alpha, lora.dropout, targets, lora.rslora, lora.dora, lora.init)
 
 
 def check_choices(config: Config) -> None:
@@ -60,26 +91,18 @@ def check_choices(config: Config) -> None:
         return
     if option_of(config, "optimizer") == "own":
         raise ConfigError("optimizer=own is for model=custom: a language model that qat loads has none of its own")
-    if not isinstance(config.data, (EmbeddedText, TextFiles)):
+    if not isinstance(config.data, (EmbeddedText, InstructionFiles, TextFiles)):
         raise ConfigError("data=custom is for model=custom; with a language model use data=text or data=embedded")
-    if isinstance(config.model, TransformersModel):
+    if isinstance(config.model, TransformersModel) and not is_hub_name(config.model.path):
         _check_path("model.path", config.model.path)
-    if isinstance(config.data, TextFiles):
+    if isinstance(config.data, (InstructionFiles, TextFiles)):
         _check_path("data.train", config.data.train)
         _check_path("data.valid", config.data.valid)
 
 
 def _check_path(key: str, given: str | None) -> None:
-    if given is None or (path := Path(given)).exists():
+    if not given or (path := Path(given)).exists():
         return
     near = did_you_mean(path.name, [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else [])
     where = "" if path.parent.is_dir() else f"; nor does the folder {path.parent}"
     raise ConfigError(f"{key}={given} does not exist{where}.{near}")
-
-
-def _check_spelling(key: str, scheme: str | None) -> None:
-    try:
-        if scheme not in (None, "keep"):
-            Scheme.parse(str(scheme))
-    except SchemeError as error:
-        raise ConfigError(f"policy.{key}: {error}") from error

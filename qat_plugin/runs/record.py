@@ -17,7 +17,7 @@ from qat_plugin.runs.atomic import write_text
 
 SCHEMA: Final = "qat_plugin.run/1"
 FILE: Final = "run.json"
-_PACKAGES: Final = ("torch", "torchao", "lightning", "transformers", "hydra-core", "numpy")
+_PACKAGES: Final = ("torch", "torchao", "lightning", "transformers", "peft", "bitsandbytes", "hydra-core", "numpy")
 
 
 @dataclass
@@ -49,6 +49,7 @@ class Record:
         versions: of Python and the packages that compute.
         git: commit and whether there were changes, of the folder it was started in; ``None`` outside a repository.
         data_fingerprint: sha256 of the data.
+        base: where the adapters' frozen base came from, what loading it took, its fingerprint.
         stages: the finished rungs.
         seconds_spent: wall time of rungs that are not finished.
         artifacts: path inside the folder -> sha256.
@@ -65,6 +66,7 @@ class Record:
     versions: dict[str, str] = field(default_factory=lambda: versions())
     git: dict[str, Any] | None = field(default_factory=lambda: git_state())
     data_fingerprint: str = ""
+    base: dict[str, Any] = field(default_factory=dict)
     stages: dict[str, StageRecord] = field(default_factory=dict)
     seconds_spent: dict[str, float] = field(default_factory=dict)
     artifacts: dict[str, str] = field(default_factory=dict)
@@ -86,6 +88,7 @@ class Record:
             schema = values.pop("schema")
             if schema != SCHEMA:
                 raise CheckpointError(f"{path} has the schema {schema!r}; this version of qat_plugin reads {SCHEMA!r}")
+            values.setdefault("base", {})  # runs recorded before there were adapters
             values["stages"] = {name: StageRecord(**stage) for name, stage in values["stages"].items()}
             return cls(**{entry.name: values[entry.name] for entry in fields(cls)})
         except OSError as error:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qat_plugin.config.schema import Config, EmbeddedModel
+from qat_plugin.config.options import EmbeddedModel
+from qat_plugin.config.schema import Config
 from qat_plugin.config.typed import option_of
 from qat_plugin.errors import CheckpointError
 from qat_plugin.kernels.torchao_import import known_noise_dropped

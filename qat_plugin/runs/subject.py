@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -31,11 +32,19 @@ class Subject:
             training and on the device of measurement.
         data: set up.
         language: a causal language model (batches with ``input_ids`` and ``labels`` of one shape), else a classifier.
+        build_student: as ``build``, with a teacher to learn from where the recipe distills.
+        build_base: as ``build``, with what the policy makes NF4 quantized while it is loaded.
+        directory: where a language model's files lie; ``None`` for others.
+        build_from: as ``build``, from another directory of the same model.
     """
 
     build: Callable[[], L.LightningModule]
     data: L.LightningDataModule
     language: bool
+    build_student: Callable[[], L.LightningModule]
+    build_base: Callable[[], L.LightningModule]
+    directory: Path | None = None
+    build_from: Callable[[Path], L.LightningModule] | None = None
 
     @property
     def fingerprint(self) -> str:

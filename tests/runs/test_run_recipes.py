@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from qat_plugin.config.places import recipes_folder
-from qat_plugin.config.schema import Config, EmbeddedModel
+from qat_plugin.config.options import EmbeddedModel
+from qat_plugin.config.schema import Config
 from qat_plugin.models.embedded import EmbeddedRecipe, embedded_lm
 from qat_plugin.report import read_report
 from qat_plugin.runs.language_model import embedded_recipe

@@ -1,0 +1,125 @@
+"""The options of the groups model, data and optimizer that this package brings, each with its own keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from qat_plugin.config.fields import absolute, check_above, check_at_least, check_choice, is_hub_name, option
+from qat_plugin.errors import ConfigError
+
+
+@dataclass
+class EmbeddedModel:
+    """A small Llama, trained on the spot and cached."""
+
+    kind: str = option("embedded", "set by model=embedded")
+    seed: int = option(0, "seed of its weights and of its data's order")
+    hidden: int = option(256, "width")
+    ffn: int = option(768, "width of the feed-forward layers")
+    vocabulary: int = option(2048, "entries of its byte-level BPE")
+    layers: int = option(4, "blocks")
+    heads: int = option(4, "attention heads")
+    steps: int = option(360, "optimizer steps of its own training")
+    batch_size: int = option(8, "windows in a batch of its own training")
+    sequence_length: int = option(256, "tokens in a window of its own training")
+    learning_rate: float = option(3e-3, "peak learning rate of its own training")
+    train_characters: int = option(4_000_000, "characters of source text that it learns from")
+    valid_characters: int = option(250_000, "characters of source text that are held out")
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "ffn", "layers", "heads", "steps", "batch_size", "train_characters", "valid_characters"):
+            check_at_least(f"model.{name}", getattr(self, name), 1)
+        check_at_least("model.vocabulary", self.vocabulary, 257)
+        check_at_least("model.sequence_length", self.sequence_length, 2)
+        check_above("model.learning_rate", self.learning_rate, 0)
+        if self.hidden % self.heads:
+            raise ConfigError(f"model.hidden ({self.hidden}) must be divisible by model.heads ({self.heads})")
+
+
+@dataclass
+class TransformersModel:
+    """A causal language model in a local transformers directory, or on a hub."""
+
+    kind: str = option("transformers", "set by model=transformers")
+    path: str = option(MISSING, "local directory with config.json, weights and tokenizer; or a hub's org/name")
+    revision: str | None = option(None, "commit, tag or branch on the hub; what it meant is recorded")
+    cache: bool = option(False, "QLoRA: keep the quantized base in the user's cache and reuse it")
+
+    def __post_init__(self) -> None:
+        if not is_hub_name(self.path):
+            self.path = absolute(self.path)
+
+
+@dataclass
+class Windows:
+    """How a text is cut and batched."""
+
+    kind: str = option(MISSING, "set by data=OPTION")
+    sequence_length: int = option(256, "tokens in a window")
+    batch_size: int = option(8, "windows in a training batch")
+    eval_batch_size: int | None = option(None, "windows in an evaluation batch; null for batch_size")
+    eval_tokens: int | None = option(None, "evaluate on the first so many held-out tokens; null for all")
+
+    def __post_init__(self) -> None:
+        check_at_least("data.sequence_length", self.sequence_length, 2)
+        check_at_least("data.batch_size", self.batch_size, 1)
+        check_at_least("data.eval_batch_size", self.eval_batch_size, 1)
+        check_at_least("data.eval_tokens", self.eval_tokens, 2)
+
+
+@dataclass
+class EmbeddedText(Windows):
+    """The source text of Python's standard library."""
+
+    kind: str = option("embedded", "set by data=embedded")
+
+
+@dataclass
+class TextFiles(Windows):
+    """Text files."""
+
+    kind: str = option("text", "set by data=text")
+    train: str = option(MISSING, "training text: a .txt (documents separated by <|endoftext|>) or .jsonl file")
+    valid: str | None = option(None, "held-out text of the same form; null holds out the end of the training text")
+    key: str = option("text", "entry of each JSONL line that holds the text")
+    packing: bool = option(False, "windows of whole documents that do not see each other; false for one running text")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.train = absolute(self.train)
+        self.valid = None if self.valid is None else absolute(self.valid)
+
+
+@dataclass
+class InstructionFiles(Windows):
+    """Prompts and answers: chat, Alpaca or prompt/completion records in JSONL files."""
+
+    kind: str = option("instructions", "set by data=instructions")
+    train: str = option(MISSING, "JSONL of {messages}, {instruction, input, output} or {prompt, completion}")
+    valid: str | None = option(None, "held-out file of the same form; null holds out the end of the training file")
+    packing: bool = option(True, "several examples in a window, none of which sees another")
+    answers_only: bool = option(True, "learn the answers, not the prompts")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.train = absolute(self.train)
+        self.valid = None if self.valid is None else absolute(self.valid)
+
+
+@dataclass
+class AdamW:
+    """AdamW with a linear warm-up and a cosine decay."""
+
+    kind: str = option("adamw", "set by optimizer=adamw")
+    learning_rate: float = option(1e-4, "peak learning rate")
+    weight_decay: float = option(0.01, "decoupled weight decay of matrices")
+    warmup_steps: int = option(10, "optimizer steps of linear warm-up")
+    bits: int = option(32, "of the two moments: 32, or 8 (bitsandbytes' paged AdamW on CUDA, torchao's elsewhere)")
+
+    def __post_init__(self) -> None:
+        check_above("optimizer.learning_rate", self.learning_rate, 0)
+        check_choice("optimizer.bits", str(self.bits), ("32", "8"))
+        check_at_least("optimizer.weight_decay", self.weight_decay, 0)
+        check_at_least("optimizer.warmup_steps", self.warmup_steps, 0)

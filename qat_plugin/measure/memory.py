@@ -1,0 +1,172 @@
+"""Peaks of memory while something runs: torch's allocators to the byte, and the process as the system sees it.
+
+::
+
+    cpu_allocations()    every tensor on the host, exactly; slow (torch's profiler), for a few training steps
+    cuda_allocations()   every tensor on a card, exactly, and what the allocator has reserved for them; free
+    AnonymousMemory()    the whole process, sampled: libraries' own buffers and the allocator's holes too (Linux)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import torch
+
+from qat_plugin.errors import QatError
+
+_STATUS: Final = Path("/proc/self/status")
+_EVERY_S: Final = 0.005
+
+
+@dataclass
+class Allocations:
+    """Bytes of tensors, over what there was when the block was entered; filled in when it is left.
+
+    Attributes:
+        peak: most bytes alive at one time.
+        left: bytes still alive at the end.
+        reserved: on CUDA, the most that torch's allocator held of the card's memory, all in all; else ``None``.
+    """
+
+    peak: int = 0
+    left: int = 0
+    reserved: int | None = None
+
+
+@contextmanager
+def cpu_allocations() -> Iterator[Allocations]:
+    """Follow every allocation of torch's CPU allocator in this thread and in the autograd threads that it starts.
+
+    Bytes are those asked of the allocator (a tensor's storage), to the byte. Freeing what was there before the block is
+    not seen: it neither lowers the peak nor what is left. Scratch memory that libraries (oneDNN, MKL) take for
+    themselves is no tensor; :class:`AnonymousMemory` sees it.
+
+    Raises:
+        QatError: when torch's profiler runs already, which does not nest.
+
+    Example::
+
+        with cpu_allocations() as memory:
+            loss(model(batch)).backward()
+        print(memory.peak)
+    """
+    if torch.autograd._profiler_enabled():
+        raise QatError("cpu_allocations() measures with torch's profiler, which is running already and does not nest")
+    found = Allocations()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        yield found
+    results: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    changes = [
+        (node.start_time_ns, node.typed[1].alloc_size)
+        for node in _nodes(results.experimental_event_tree())
+        if node.name == "[memory]" and node.typed[1].device.type == "cpu"
+    ]
+    alive = 0
+    for _, change in sorted(changes, key=lambda entry: entry[0]):
+        alive += change
+        found.peak = max(found.peak, alive)
+    found.left = alive
+
+
+@contextmanager
+def cuda_allocations(device: torch.device | str | int = "cuda") -> Iterator[Allocations]:
+    """Follow torch's allocator on one card; resets its peak counters.
+
+    Args:
+        device: a CUDA device.
+
+    Raises:
+        QatError: when it is none, or there is none here.
+    """
+    card = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if card.type != "cuda" or not torch.cuda.is_available():
+        raise QatError(f"cuda_allocations({str(device)!r}): " + ("no CUDA device here" if card.type == "cuda" else
+                       "not a CUDA device; cpu_allocations() measures the host"))  # fmt: skip
+    torch.cuda.synchronize(card)
+    torch.cuda.reset_peak_memory_stats(card)
+    start, found = torch.cuda.memory_allocated(card), Allocations()
+    yield found
+    torch.cuda.synchronize(card)
+    found.peak = torch.cuda.max_memory_allocated(card) - start
+    found.left = torch.cuda.memory_allocated(card) - start
+    found.reserved = torch.cuda.max_memory_reserved(card)
+
+
+class AnonymousMemory:
+    """The peak of this process's anonymous resident memory, sampled by a thread while a block runs.
+
+    Anonymous memory is what the process has allocated itself: pages of mapped files (safetensors being read), which the
+    system takes back at will, are not part of it. A peak shorter than the interval may be missed.
+
+    Attributes:
+        start: bytes when the block was entered; ``None`` where the system does not say (no ``/proc``).
+        peak: the largest sample in bytes, or ``None``.
+
+    Args:
+        interval: seconds between samples.
+    """
+
+    def __init__(self, interval: float = _EVERY_S) -> None:
+        if not interval > 0:
+            raise QatError(f"interval={interval} is not allowed: it is in seconds, above 0")
+        self.interval = interval
+        self.start: int | None = None
+        self.peak: int | None = None
+
+    @property
+    def growth(self) -> int | None:
+        """Bytes of the peak over the start, or ``None``."""
+        return None if self.start is None or self.peak is None else self.peak - self.start
+
+    def __enter__(self) -> AnonymousMemory:
+        self.start = self.peak = anonymous_bytes()
+        if self.start is not None:
+            self._ended = threading.Event()
+            self._thread = threading.Thread(target=self._sample, name="anonymous-memory", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.start is not None:
+            self._ended.set()
+            self._thread.join()
+            self._look()
+
+    def _sample(self) -> None:
+        while not self._ended.wait(self.interval):
+            self._look()
+
+    def _look(self) -> None:
+        now = anonymous_bytes()
+        if now is not None:
+            self.peak = max(now, self.peak or 0)
+
+
+def anonymous_bytes() -> int | None:
+    """Anonymous resident memory of this process in bytes; ``None`` where the system does not say."""
+    try:
+        text = _STATUS.read_text(encoding="ascii")
+    except OSError:
+        return None
+    for line in text.splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _nodes(roots: Iterable[Any]) -> Iterator[Any]:
+    """Every event of a profile."""
+    waiting = list(roots)
+    while waiting:
+        node = waiting.pop()
+        yield node
+        waiting.extend(node.children)

@@ -1,0 +1,84 @@
+"""AdamW with 32-bit or 8-bit moments, one call for every device."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterable
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from qat_plugin.errors import ConfigError
+from qat_plugin.kernels.torchao_import import known_noise_dropped
+
+_BLOCK: Final = 256
+_SMALLEST: Final = 4096  # numbers; smaller parameters keep 32-bit moments, in both libraries
+_COMPILERS: Final = ("g++", "clang++", "c++")
+
+
+def adamw(
+    groups: Iterable[Any],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    bits: int = 32,
+) -> torch.optim.Optimizer:
+    """AdamW.
+
+    Args:
+        groups: parameters or parameter groups.
+        lr, betas, eps, weight_decay: as torch's.
+        bits: of the two moments. 8: bitsandbytes' paged AdamW where parameters are on CUDA (states move to host memory
+            when the card is short of it), torchao's elsewhere, which compiles its step for each shape: the first step
+            takes seconds. Parameters of fewer than 4096 numbers keep 32 bits.
+
+    Raises:
+        ConfigError: for other bits, or 8 on a machine without what it needs.
+    """
+    groups = list(groups)
+    if bits == 32:
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    if bits != 8:
+        raise ConfigError(f"optimizer.bits={bits} is not allowed: it is 32 or 8")
+    parameters = [p for group in groups for p in (group["params"] if isinstance(group, dict) else [group])]
+    options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    if any(parameter.is_cuda for parameter in parameters):
+        from qat_plugin.qlora.extra import import_extra
+
+        paged: torch.optim.Optimizer = import_extra("bitsandbytes.optim").PagedAdamW8bit(groups, **options)
+        return paged
+    if not any(shutil.which(name) for name in _COMPILERS):
+        raise ConfigError(
+            "optimizer.bits=8 on this device needs a C++ compiler (torchao compiles its step); install g++, or use "
+            "optimizer.bits=32"
+        )
+    with known_noise_dropped():
+        from torchao.optim import AdamW8bit
+
+    warnings.filterwarnings("ignore", message=".*OptimState8bit does not implement _stable_hash_for_caching.*")
+    optimizer: torch.optim.Optimizer = AdamW8bit(groups, block_size=_BLOCK, **options)
+    return optimizer
+
+
+def allow_states_in_checkpoints() -> None:
+    """Let ``torch.load(weights_only=True)`` read torchao's 8-bit moments; it knows their class once it is imported."""
+    with known_noise_dropped():
+        import torchao.optim  # noqa: F401
+
+
+def expected_state_bytes(parameters: Iterable[nn.Parameter], bits: int = 32) -> int:
+    """Bytes of the two moments of parameters that require gradients, and of 8-bit blocks' scales and tables."""
+    total = 0
+    for parameter in parameters:
+        if not parameter.requires_grad:
+            continue
+        count = parameter.numel()
+        if bits == 8 and count >= _SMALLEST and count % _BLOCK == 0:
+            total += 2 * (count + 4 * (count // _BLOCK) + 4 * 256)
+        else:
+            total += 2 * count * (parameter.element_size() if bits == 32 else 4)
+    return total
