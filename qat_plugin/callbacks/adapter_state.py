@@ -30,7 +30,9 @@ def adapters_only(module: nn.Module) -> None:
 
 def trained_keys(module: nn.Module) -> set[str]:
     """Keys of what is trained: parameters by name, and saved buffers (running statistics)."""
-    prefix = next(name for name, part in module.named_modules() if isinstance(part.__dict__.get("_qlora"), qlora.Prepared))
+    prefix = next(
+        name for name, part in module.named_modules() if isinstance(part.__dict__.get("_qlora"), qlora.Prepared)
+    )
     record = qlora.prepared_of(module)
     names = {f"{prefix}.{name}" if prefix else name for name in record.trained}
     inside = f"{prefix}." if prefix else ""

@@ -76,14 +76,23 @@ class Documents:
             DataError: when the path is missing or a directory, the bytes are not UTF-8, a JSONL line is not an object
                 with a string under ``key``, or there is no text at all.
         """
-        file = _existing_file(path)
-        content = _decoded(file)
+        file = existing_file(path)
+        content = read_text(file)
         if file.suffix.lower() in JSONL_SUFFIXES:
             return cls(tuple(text for text in _jsonl_texts(content, str(file), key) if text.strip()), str(file))
         return cls.from_text(content, str(file))
 
 
-def _existing_file(path: str | os.PathLike[str]) -> Path:
+def existing_file(path: str | os.PathLike[str], *, also: tuple[str, ...] = ()) -> Path:
+    """The file, with ``~`` expanded.
+
+    Args:
+        path: as it was given.
+        also: suffixes that are read here though :class:`Documents` refuses them.
+
+    Raises:
+        DataError: when it is missing, a directory, or of a kind that is not read.
+    """
     if "\n" in os.fspath(path):
         raise DataError(
             f"the data is a text of {len(os.fspath(path))} characters where a path is expected; "
@@ -101,12 +110,18 @@ def _existing_file(path: str | os.PathLike[str]) -> Path:
             f"data file {str(path)!r} does not exist{where}; looked for "
             f"{file.absolute()}.{did_you_mean(file.name, siblings)}"
         )
-    if advice := _REFUSED_SUFFIXES.get(file.suffix.lower()):
+    suffix = file.suffix.lower()
+    if suffix not in also and (advice := _REFUSED_SUFFIXES.get(suffix)):
         raise DataError(f"{str(path)!r}: {file.suffix} files are not read, only plain text and .jsonl; {advice}")
     return file
 
 
-def _decoded(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """The content of a UTF-8 file, line ends as ``\\n``.
+
+    Raises:
+        DataError: when it cannot be read or is not UTF-8.
+    """
     try:
         content = file.read_bytes()
     except OSError as error:

@@ -11,10 +11,11 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from qat_plugin.data.documents import Documents
+from qat_plugin.data.packing import PackedExamples
 from qat_plugin.data.tokens import Tokenizer, encode
 from qat_plugin.data.windows import EpochOrder, TokenWindows
 from qat_plugin.errors import ConfigError, DataError
-from qat_plugin.measure import Progress
+from qat_plugin.measure import Progress, progressing
 
 Source = str | os.PathLike[str] | Documents
 """A path to plain text or JSONL, or documents already in memory."""
@@ -44,6 +45,8 @@ class TextData(L.LightningDataModule):
         seed: of the order in training.
         key: the entry of a JSONL object that holds the text.
         valid_fraction: share of the training tokens that is held out when there is no ``valid``.
+        packing: windows of whole documents that do not see each other, with ``position_ids`` that begin anew with each,
+            instead of one running text; a longer document goes on in another window. Needs ``valid``.
         num_workers: processes that load batches; 0 is fastest, the tokens are in memory.
         progress: shown while tokenizing: on stderr after two seconds, not at all, or callback(done, total characters).
 
@@ -66,6 +69,7 @@ class TextData(L.LightningDataModule):
         key: str = "text",
         valid_fraction: float = 0.1,
         num_workers: int = 0,
+        packing: bool = False,
         progress: Progress | bool = True,
     ) -> None:
         super().__init__()
@@ -78,11 +82,13 @@ class TextData(L.LightningDataModule):
         self.num_workers = _at_least("num_workers", num_workers, 0)
         if valid is None and not 0 < valid_fraction < 1:
             raise ConfigError(f"valid_fraction is {valid_fraction}; it must lie between 0 and 1, or give valid")
-        self.valid_fraction = valid_fraction
+        if packing and valid is None:
+            raise ConfigError("packing keeps documents whole, and the held-out end of a text is none: give valid too")
+        self.valid_fraction, self.packing = valid_fraction, packing
         self.seed = seed
         self._progress = progress
-        self._train_windows: TokenWindows | None = None
-        self._valid_windows: TokenWindows | None = None
+        self._train_windows: TokenWindows | PackedExamples | None = None
+        self._valid_windows: TokenWindows | PackedExamples | None = None
         self._fingerprint = ""
 
     @property
@@ -92,14 +98,14 @@ class TextData(L.LightningDataModule):
         return self._fingerprint
 
     @property
-    def train_windows(self) -> TokenWindows:
+    def train_windows(self) -> TokenWindows | PackedExamples:
         """The training windows, indexable, in the order of the text."""
         self.setup()
         assert self._train_windows is not None
         return self._train_windows
 
     @property
-    def valid_windows(self) -> TokenWindows:
+    def valid_windows(self) -> TokenWindows | PackedExamples:
         """The evaluation windows, indexable, in the order of the text."""
         self.setup()
         assert self._valid_windows is not None
@@ -111,6 +117,13 @@ class TextData(L.LightningDataModule):
         if self._valid_windows is not None:
             return
         documents = self._documents(self.train)
+        if self.packing:
+            assert self.valid is not None
+            held_out = self._documents(self.valid)
+            self._fingerprint = hashlib.sha256((documents.fingerprint + held_out.fingerprint).encode()).hexdigest()
+            self._train_windows = self._packed(documents, None)
+            self._valid_windows = self._packed(held_out, self.eval_tokens)
+            return
         tokens = encode(documents, self.tokenizer, progress=self._progress)
         if self.valid is None:
             held_out = documents
@@ -156,6 +169,22 @@ class TextData(L.LightningDataModule):
                 "file for valid, more text or a smaller sequence_length"
             )
         return tokens[: len(tokens) - held_out], tokens[len(tokens) - held_out :]
+
+    def _packed(self, documents: Documents, limit: int | None) -> PackedExamples:
+        """Whole documents, each behind the BOS if there is one and closed by the end-of-text token."""
+        pad = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else 0
+        examples, total = [], 0
+        with progressing(self._progress, "tokenizing", len(documents.texts)) as advance:
+            for number, text in enumerate(documents.texts, start=1):
+                ids = list(self.tokenizer([text], add_special_tokens=False, verbose=False)["input_ids"][0])
+                before, after = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+                ids = [*([] if before is None else [before]), *ids, *([] if after is None else [after])]
+                examples.append((torch.tensor(ids), torch.tensor(ids)))
+                advance(number)
+                total += len(ids)
+                if limit is not None and total >= limit:
+                    break
+        return PackedExamples(examples, self.sequence_length, padding=pad)
 
     def _windows(self, tokens: torch.Tensor, source: str) -> TokenWindows:
         return TokenWindows(tokens, self.sequence_length, bos=self.tokenizer.bos_token_id, source=source)

@@ -64,13 +64,18 @@ def cpu_allocations() -> Iterator[Allocations]:
         yield found
     results: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]
     changes = [
-        (node.start_time_ns, node.typed[1].alloc_size)
+        (node.start_time_ns, node.typed[1].ptr, node.typed[1].alloc_size)
         for node in _nodes(results.experimental_event_tree())
         if node.name == "[memory]" and node.typed[1].device.type == "cpu"
     ]
+    blocks: dict[int, int] = {}
     alive = 0
-    for _, change in sorted(changes, key=lambda entry: entry[0]):
-        alive += change
+    for _, address, change in sorted(changes, key=lambda entry: entry[0]):
+        if change > 0:
+            blocks[address] = change
+            alive += change
+        else:
+            alive -= blocks.pop(address, 0)  # one of an earlier profile is freed: not of this block
         found.peak = max(found.peak, alive)
     found.left = alive
 

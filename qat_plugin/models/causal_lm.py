@@ -72,9 +72,7 @@ class CausalLM(L.LightningModule):
         if teacher is not None:
             teacher.requires_grad_(False).eval()
         # not a submodule: its weights are in no checkpoint, and no optimizer
-        self.__dict__["_objective"] = Objective(
-            model, chunked=chunked_loss, distillation=distillation, teacher=teacher
-        )
+        self.__dict__["_objective"] = Objective(model, chunked=chunked_loss, distillation=distillation, teacher=teacher)
 
     @override
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:

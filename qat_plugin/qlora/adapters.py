@@ -103,7 +103,9 @@ def _unmatched(model: nn.Module, pattern: str, linears: list[Candidate], others:
     roles = sorted({role for c in linears for role in c.roles})
     what = f"matches no linear layer of {type(model).__name__}"
     if others:
-        what = f"matches only {others[0].name} ({type(others[0].module).__name__}), which can carry no LoRA adapter here"
+        what = (
+            f"matches only {others[0].name} ({type(others[0].module).__name__}), which can carry no LoRA adapter here"
+        )
     return (
         f"targets: {pattern!r} {what}.{did_you_mean(pattern, [*leaves, *roles])} "
         f"Linear layers end in {', '.join(leaves[:12])}; roles: {', '.join(roles) or 'none'}; or all-linear"

@@ -19,6 +19,4 @@ def import_extra(name: str) -> Any:
         with known_noise_dropped():
             return importlib.import_module(name)
     except ImportError as error:
-        raise ConfigError(
-            f'QLoRA needs {name.split(".")[0]} ({error}): pip install "qat-plugin[qlora]"'
-        ) from error
+        raise ConfigError(f'QLoRA needs {name.split(".")[0]} ({error}): pip install "qat-plugin[qlora]"') from error

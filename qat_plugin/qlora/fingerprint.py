@@ -1,8 +1,9 @@
 """Content sums of tensors and of a frozen base: quick, on the tensor's own device, in bounded memory.
 
-A sum is 64 bits: the tensor's bytes as 32-bit words x_i, ``sum_i (x_i + i) * m_i mod 2^64`` with odd multipliers m_i that
-repeat with a long period, plus its length. It tells accidental changes, of one bit or of an order; it is no protection
-against somebody who wants to deceive.
+A sum is 64 bits. The tensor's bytes as 32-bit words x_i make chunks c of 2^20 words; with fixed odd multipliers m_i,
+``h_c = h_(c-1) * p + sum_i x_i * m_i mod 2^64``: the place counts within a chunk by m_i, and among chunks by powers
+of p. Dtype and shape count too. It tells accidental changes, of one bit or of an order; it is no protection against
+somebody who wants to deceive.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from qat_plugin.errors import CheckpointError
 from qat_plugin.policy import clean_name
 from qat_plugin.qlora.nf4 import is_nf4, state_tensors
 
 _CHUNK: Final = 1 << 19  # words at a time: 12 MB of int64 temporaries
+_PRIME: Final = 0x100000001B3  # of FNV-1a, 64 bits
 _MASK: Final = (1 << 64) - 1
 _multipliers: dict[torch.device, Tensor] = {}
 
@@ -37,12 +40,11 @@ def tensor_sum(tensor: Tensor) -> str:
     words = words.view(torch.int32)
     multipliers = _multipliers_on(tensor.device)
     total = 0
-    for index, start in enumerate(range(0, len(words), _CHUNK)):
+    for start in range(0, len(words), _CHUNK):
         part = words[start : start + _CHUNK].long()
-        part += index
-        total += int((part * multipliers[: len(part)]).sum().item())  # wraps around modulo 2^64
+        total = (total * _PRIME + int((part * multipliers[: len(part)]).sum().item())) & _MASK  # both wrap around
     for byte in flat[flat.numel() - rest :].tolist():
-        total = total * 0x100000001B3 + byte + 1
+        total = total * _PRIME + byte + 1
     head = f"{tensor.dtype} {list(tensor.shape)} {total & _MASK}"
     return hashlib.sha256(head.encode()).hexdigest()[:16]
 
@@ -74,14 +76,24 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def directory_fingerprint(folder: str | os.PathLike[str]) -> dict[str, str]:
-    """Tensor name -> :func:`tensor_sum`, of all safetensors files in a directory."""
-    from safetensors import safe_open
+    """Tensor name -> :func:`tensor_sum`, of all safetensors files in a directory; one tensor is read at a time.
 
+    Raises:
+        CheckpointError: when it has no such files, or one is truncated.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{str(folder)!r} holds no .safetensors files")
     sums: dict[str, str] = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - it is no dict
-                sums[name] = tensor_sum(opened.get_tensor(name))
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - it is no dict
+                    sums[name] = tensor_sum(opened.get_tensor(name))
+        except SafetensorError as error:
+            raise CheckpointError(f"{str(file)!r} cannot be read, download or copy it again: {error}") from error
     return sums
 
 

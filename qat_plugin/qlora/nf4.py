@@ -2,13 +2,15 @@
 
 The numbers are bitsandbytes' own, to the bit: blocks of 64 weights in the flattened [out, in] weight, each with its
 absmax; ``nf4-dq`` quantizes the absmax again, 8 bits in blocks of 256. Blocks are independent, so a large weight is
-quantized some rows at a time. torchao's NF4Tensor is the other backend (:mod:`qat_plugin.qlora.nf4_torchao`).
+quantized piece by piece. Each backend has a module: ``nf4_bitsandbytes`` (its layers multiply in ``nf4_product``) and
+``nf4_torchao``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any, Final, Literal
 
 import torch
@@ -16,15 +18,13 @@ from torch import Tensor, nn
 
 from qat_plugin.errors import CheckpointError, ConfigError, PrepareError
 from qat_plugin.policy.roles import is_conv1d, is_quantized
-from qat_plugin.qlora import nf4_product, nf4_torchao
-from qat_plugin.qlora.extra import import_extra
+from qat_plugin.qlora import nf4_bitsandbytes, nf4_product, nf4_torchao
 from qat_plugin.scheme import Scheme
 
 Backend = Literal["bitsandbytes", "torchao"]
 
 BLOCK: Final = 64
 NESTED_BLOCK: Final = 256
-_CHUNK: Final = 1 << 20  # weights quantized at a time: about 25 MB of temporaries
 _TABLE, _NESTED_TABLE, _OFFSET = 16 * 4, 256 * 4, 4
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -38,49 +38,37 @@ def nf4_weight(
     device: torch.device | str | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> nn.Parameter:
-    """Quantize a weight to NF4.
+    """Quantize a weight to NF4; beside the result it takes less than 64 MB, whatever the size.
 
     Args:
         weight: [out_features, in_features], float; it is not changed.
         scheme: ``nf4`` or ``nf4-dq``.
         backend: who holds it.
         device: where to quantize; by default where the weight is.
-        compute_dtype: type that the layer will multiply in and dequantizes to; by default the weight's.
+        compute_dtype: type that bitsandbytes notes as the one to dequantize to; by default the weight's.
 
     Returns:
-        A frozen Parameter: bitsandbytes' ``Params4bit`` (packed, uint8 [ceil(out * in / 2), 1]) or torchao's
-        ``NF4Tensor`` ([out, in]).
+        A frozen Parameter: bitsandbytes' ``Params4bit`` (packed, uint8 [ceil(out * in / 2), 1]), equal in all parts to
+        ``quantize_4bit(blocksize=64, quant_type="nf4")``; or torchao's ``NF4Tensor`` ([out, in]), equal to ``to_nf4``.
 
     Raises:
-        PrepareError: when the weight is no float matrix, holds NaN or infinity, or has a size that torchao refuses.
-        ConfigError: for another scheme or backend, or a missing package.
+        PrepareError: when the weight is no float matrix, is empty or on the meta device, holds NaN or infinity, or has
+            a size that torchao refuses.
+        ConfigError: for another scheme, backend or compute_dtype, or a missing package.
     """
-    _check_arguments(scheme, backend)
+    _check_arguments(scheme, backend, compute_dtype)
     if weight.dim() != 2 or not weight.is_floating_point() or is_quantized(weight):
         raise PrepareError(
             f"the weight is {str(weight.dtype).removeprefix('torch.')} {list(weight.shape)}; NF4 takes a float matrix "
             "[out_features, in_features] that is not quantized yet"
         )
+    if weight.is_meta or not weight.numel():
+        state = "is on the meta device" if weight.is_meta else f"{list(weight.shape)} is empty"
+        raise PrepareError(f"the weight {state}: there are no numbers to quantize")
     target = weight.device if device is None else torch.device(device)
     if backend == "torchao":
-        return nf4_torchao.quantized(weight, scheme, target)
-    functional = import_extra("bitsandbytes.functional")
-    parameter_class = import_extra("bitsandbytes.nn").Params4bit
-    given = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.float32
-    packed, absmax = _blocks(weight, target, given)
-    offset = state2 = None
-    if scheme.double_quant:
-        offset = absmax.mean()
-        absmax, state2 = functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
-    state = functional.QuantState(
-        absmax=absmax, shape=weight.shape, dtype=compute_dtype or given, blocksize=BLOCK,
-        code=functional.get_4bit_type("nf4", device=target), quant_type="nf4", offset=offset, state2=state2,
-    )  # fmt: skip
-    parameter: nn.Parameter = parameter_class(
-        packed, requires_grad=False, quant_state=state, blocksize=BLOCK, compress_statistics=scheme.double_quant,
-        quant_type="nf4", bnb_quantized=True,
-    )  # fmt: skip
-    return parameter
+        return nf4_torchao.quantized(weight.detach(), scheme, target)
+    return nf4_bitsandbytes.quantized(weight.detach(), scheme, target, compute_dtype)
 
 
 def nf4_linear(
@@ -96,17 +84,17 @@ def nf4_linear(
     Args:
         layer: nn.Linear, or transformers' Conv1D, whose weight is transposed; its bias Parameter is taken over.
         scheme, backend, device: as for :func:`nf4_weight`.
-        compute_dtype: type to multiply in; by default that of the first input.
+        compute_dtype: type that bitsandbytes multiplies in; by default that of the input.
 
     Raises:
         PrepareError: for a layer whose forward is its own, that has hooks, or cannot be quantized.
     """
-    conv1d = is_conv1d(layer)
     if is_nf4(layer):
         raise PrepareError("the layer is NF4 already")
+    conv1d = is_conv1d(layer)
     if not isinstance(layer, nn.Linear) and not conv1d:
         raise PrepareError(f"{type(layer).__name__} is no linear layer")
-    if not conv1d and (type(layer).forward is not nn.Linear.forward or "forward" in layer.__dict__):
+    if _has_own_forward(layer):
         raise PrepareError(
             f"{type(layer).__name__} has a forward of its own, which an NF4 layer would not call: keep it in the policy"
         )
@@ -114,7 +102,7 @@ def nf4_linear(
         raise PrepareError("it has hooks, which would be lost with the layer: register them after preparing the model")
     if not isinstance(layer._parameters.get("weight"), Tensor):
         raise PrepareError("its weight is computed by a parametrization; make that permanent first")
-    weight: Tensor = layer.weight.detach()  # type: ignore[operator, union-attr, assignment]
+    weight: Tensor = layer.weight.detach()  # type: ignore[operator]
     weight = weight.t() if conv1d else weight
     bias: nn.Parameter | None = layer.bias  # type: ignore[assignment]
     linear = empty_nf4_linear(
@@ -138,11 +126,16 @@ def empty_nf4_linear(
     backend: Backend = "bitsandbytes",
     compute_dtype: torch.dtype | None = None,
 ) -> nn.Linear:
-    """A layer on the meta device, to be filled: ``layer.weight = nf4_weight(...)``."""
-    _check_arguments(scheme, backend)
+    """A layer on the meta device, to be filled: ``layer.weight = nf4_weight(...)``.
+
+    Raises:
+        ConfigError: as for :func:`nf4_weight`.
+    """
+    _check_arguments(scheme, backend, compute_dtype)
     if backend == "torchao":
-        return nf4_torchao.TorchaoNF4Linear(in_features, out_features, bias=bias, device="meta")
-    layer: nn.Linear = nf4_product.layer_class()(
+        return nf4_torchao.TorchaoNF4Linear(in_features, out_features, bias=bias, device="meta").requires_grad_(False)
+    kind: Any = nf4_product.layer_class()
+    layer: nn.Linear = kind(
         in_features, out_features, bias=bias, compute_dtype=compute_dtype, compress_statistics=scheme.double_quant,
         quant_type="nf4", device="meta",
     )  # fmt: skip
@@ -151,16 +144,20 @@ def empty_nf4_linear(
 
 
 def is_nf4(layer: nn.Module) -> bool:
-    """Whether a layer's weight is NF4, bitsandbytes' or torchao's, empty ones on the meta device included."""
+    """Whether a layer's weight is NF4, bitsandbytes' or torchao's; empty layers on the meta device included."""
     weight = layer._parameters.get("weight")
-    return getattr(weight, "quant_type", None) == "nf4" or isinstance(layer, nf4_torchao.TorchaoNF4Linear) or (
-        weight is not None and nf4_torchao.is_nf4_tensor(weight)
-    )  # fmt: skip
+    if weight is None:
+        return False
+    if hasattr(layer, "quant_storage"):  # a Linear4bit; only a weight that has lost its state names no type
+        return bool(getattr(weight, "quant_type", "nf4") == "nf4")
+    return isinstance(layer, nf4_torchao.TorchaoNF4Linear) or nf4_torchao.is_nf4_tensor(weight)
 
 
 @torch.no_grad()
 def dequantized(layer: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The numbers that an NF4 layer's weight stands for, [out_features, in_features]; products are made in float32.
+    """The numbers that an NF4 layer's weight stands for, [out_features, in_features].
+
+    bitsandbytes' products of code and absmax are made in float32; torchao's in the type it was given.
 
     Raises:
         CheckpointError: when the weight has been repacked for inference or lost its scales, so that its bytes no longer
@@ -169,10 +166,8 @@ def dequantized(layer: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
     """
     if not is_nf4(layer):
         raise PrepareError(f"{type(layer).__name__} is not NF4")
-    weight: Any = layer.weight
-    if nf4_torchao.is_nf4_tensor(weight):
-        return nf4_torchao.values(weight).to(dtype)
-    return nf4_product.values(weight.data, _sound_state(layer), torch.float32).to(dtype)
+    values: Tensor = _backend_of(layer).values(layer.weight)
+    return values.to(dtype)
 
 
 def guard(model: nn.Module) -> int:
@@ -189,27 +184,31 @@ def guard(model: nn.Module) -> int:
     for name, module in model.named_modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
-                raise CheckpointError(f"{name}: {_REPACKED}")
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+                raise CheckpointError(f"{name or type(module).__name__}: {nf4_bitsandbytes.REPACKED}")
+            module.support_avx512bf16_for_cpu = False
             if is_nf4(module):
                 module.__class__ = nf4_product.layer_class()
             count += 1
     return count
 
 
-def nf4_bytes(shape: tuple[int, ...], scheme: Scheme, backend: Backend = "bitsandbytes") -> int:
+def nf4_bytes(
+    shape: tuple[int, ...], scheme: Scheme, backend: Backend = "bitsandbytes", dtype: torch.dtype | None = None
+) -> int:
     """Bytes of a weight in NF4: codes, scales, scales of scales, and the tables that go with them.
 
     Args:
         shape: [out_features, in_features].
         scheme: ``nf4`` or ``nf4-dq``.
         backend: torchao always quantizes its scales.
+        dtype: type that torchao was given, which its scales of scales keep; by default float32.
     """
     weights = math.prod(shape)
     blocks = math.ceil(weights / BLOCK)
     nested = math.ceil(blocks / NESTED_BLOCK)
     if backend == "torchao":
-        return weights // 2 + blocks + 4 * nested + nf4_torchao.TABLE_BYTES
+        size = (dtype or torch.float32).itemsize
+        return weights // 2 + blocks + size * (nested + 1 + 16)  # factors, the mean, the table of codes
     scales = blocks + 4 * nested + _NESTED_TABLE + _OFFSET if scheme.double_quant else 4 * blocks
     return math.ceil(weights / 2) + scales + _TABLE
 
@@ -218,12 +217,12 @@ def state_tensors(layer: nn.Module) -> dict[str, Tensor]:
     """The tensors that make up an NF4 weight, by names of the backend; :func:`from_state_tensors` is the inverse.
 
     Raises:
-        CheckpointError: as for :func:`dequantized`.
+        CheckpointError, PrepareError: as for :func:`dequantized`.
     """
-    weight: Any = layer.weight
-    if nf4_torchao.is_nf4_tensor(weight):
-        return nf4_torchao.state_tensors(weight)
-    return {"weight": weight.data, **_sound_state(layer).as_dict(packed=True)}
+    if not is_nf4(layer):
+        raise PrepareError(f"{type(layer).__name__} is not NF4")
+    tensors: dict[str, Tensor] = _backend_of(layer).state_tensors(layer.weight)
+    return tensors
 
 
 def from_state_tensors(
@@ -232,57 +231,30 @@ def from_state_tensors(
     """A quantized weight from the tensors that :func:`state_tensors` gave, on their device.
 
     Raises:
-        CheckpointError: when they are not those of an NF4 weight.
+        CheckpointError: when they are not those of a weight in this scheme, or are cut short.
     """
     _check_arguments(scheme, backend)
     if backend == "torchao":
         return nf4_torchao.from_state_tensors(tensors)
-    rest = dict(tensors)
-    try:
-        packed = rest.pop("weight")
-        parameter: nn.Parameter = import_extra("bitsandbytes.nn").Params4bit.from_prequantized(
-            packed, rest, requires_grad=False, device=packed.device
-        )
-    except (KeyError, ValueError, AssertionError, AttributeError) as error:
-        raise CheckpointError(f"these are not the tensors of an NF4 weight: {error}") from error
-    return parameter
+    return nf4_bitsandbytes.from_state_tensors(tensors, scheme)
 
 
-_REPACKED: Final = (
-    "bitsandbytes has repacked this weight for inference (an eval forward on a CPU with AVX512-BF16), and it cannot be "
-    "read back: load the model again, and prepare it before any forward pass"
-)
+def _backend_of(layer: nn.Module) -> ModuleType:
+    torchaos = isinstance(layer, nf4_torchao.TorchaoNF4Linear) or nf4_torchao.is_nf4_tensor(layer._parameters["weight"])  # type: ignore[arg-type]
+    return nf4_torchao if torchaos else nf4_bitsandbytes
 
 
-def _sound_state(layer: nn.Module) -> Any:
-    state = getattr(layer.weight, "quant_state", None)
-    if state is None:
-        raise CheckpointError("the NF4 weight has lost its scales (it was replaced by a plain tensor, or is not loaded)")
-    if getattr(state, "packing_format_for_cpu", False):
-        raise CheckpointError(_REPACKED)
-    return state
+def _has_own_forward(layer: nn.Module) -> bool:
+    """Whether another forward than nn.Linear's or Conv1D's would be called."""
+    definer = next(each for each in type(layer).__mro__ if "forward" in vars(each))
+    known = definer is nn.Linear or definer.__module__ == "transformers.pytorch_utils"
+    return not known or "forward" in layer.__dict__
 
 
-def _blocks(weight: Tensor, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Packed codes uint8 [ceil(n / 2), 1] and absmax float32 [ceil(n / 64)], some rows at a time."""
-    rows, columns = weight.shape
-    step = BLOCK // math.gcd(columns, BLOCK)  # rows that fill whole blocks
-    step *= max(1, _CHUNK // max(1, columns * step))
-    packed = torch.empty((math.ceil(weight.numel() / 2), 1), dtype=torch.uint8, device=device)
-    absmax = torch.empty(math.ceil(weight.numel() / BLOCK), dtype=torch.float32, device=device)
-    for start in range(0, rows, step):
-        part = weight[start : start + step].to(device, dtype).contiguous()
-        if not torch.isfinite(part).all():
-            raise PrepareError("the weight holds NaN or infinity, which has no NF4 form")
-        codes, scales = torch.ops.bitsandbytes.quantize_4bit.default(part, BLOCK, "nf4", torch.uint8)
-        first = start * columns
-        packed[first // 2 : first // 2 + len(codes)] = codes
-        absmax[first // BLOCK : first // BLOCK + len(scales)] = scales
-    return packed, absmax
-
-
-def _check_arguments(scheme: Scheme, backend: str) -> None:
+def _check_arguments(scheme: Scheme, backend: str, compute_dtype: torch.dtype | None = None) -> None:
     if scheme.kind != "nf4":
         raise ConfigError(f"{scheme} is not nf4 or nf4-dq")
     if backend not in ("bitsandbytes", "torchao"):
         raise ConfigError(f"backend={backend!r} is not one of bitsandbytes, torchao")
+    if compute_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise ConfigError(f"compute_dtype={compute_dtype} is not one of float32, bfloat16, float16")

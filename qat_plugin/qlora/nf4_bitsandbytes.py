@@ -1,8 +1,7 @@
-"""bitsandbytes' Params4bit and Linear4bit as the backend of NF4 layers; imported where one is made, as it needs them."""
+"""bitsandbytes' Params4bit as the backend of NF4 layers; the layer that multiplies is in nf4_product."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from typing import Any, Final
@@ -11,12 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from qat_plugin.errors import CheckpointError
+from qat_plugin.qlora import nf4_product
 from qat_plugin.qlora.extra import import_extra
 from qat_plugin.qlora.pieces import flat_pieces
 from qat_plugin.scheme import Scheme
-
-_bnb: Any = import_extra("bitsandbytes")
-_functional: Any = import_extra("bitsandbytes.functional")
 
 BLOCK: Final = 64
 NESTED_BLOCK: Final = 256
@@ -29,35 +26,9 @@ REPACKED: Final = (
 _CHUNK: Final = 1 << 20  # numbers quantized at a time: about 30 MB of temporaries
 
 
-class NF4Linear(_bnb.nn.Linear4bit):  # type: ignore[misc]
-    """A Linear4bit whose forward leaves the layer as it is, and whose gradient is that of the numbers it multiplied by.
-
-    bitsandbytes' own forward repacks the weight when it evaluates on a CPU with AVX512-BF16, which ruins training after
-    it; turns the stored bias into the type of the input; keeps the type of the first input for all later ones. Its
-    backward rounds the weight to ``quant_state.dtype``, the type before quantization, even if forward did not.
-    """
-
-    is_nf4: Final = True
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.support_avx512bf16_for_cpu = False
-        self.requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features], in the type of ``x``; computed in ``compute_dtype``, if given."""
-        state = sound_state(self.weight)
-        dtype = self.compute_dtype or (x.dtype if x.dtype in FLOATS else torch.float32)
-        if state.dtype != dtype:
-            state = copy.copy(state)
-            state.dtype = dtype
-        bias = None if self.bias is None else self.bias.to(dtype)
-        out: Tensor = _bnb.matmul_4bit(x.to(dtype), self.weight, bias=bias, quant_state=state)
-        return out.to(x.dtype)
-
-
 def quantized(weight: Tensor, scheme: Scheme, device: torch.device, compute_dtype: torch.dtype | None) -> nn.Parameter:
     """A frozen Params4bit, equal in all its parts to that of ``bitsandbytes.functional.quantize_4bit``."""
+    functional = import_extra("bitsandbytes.functional")
     given = weight.dtype if weight.dtype in FLOATS else torch.float32
     packed = torch.empty((math.ceil(weight.numel() / 2), 1), dtype=torch.uint8, device=device)
     absmax = torch.empty(math.ceil(weight.numel() / BLOCK), dtype=torch.float32, device=device)
@@ -68,14 +39,14 @@ def quantized(weight: Tensor, scheme: Scheme, device: torch.device, compute_dtyp
     offset = state2 = None
     if scheme.double_quant:  # over all scales at once: their mean is part of it
         offset = absmax.mean()
-        absmax, state2 = _functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
-    state = _functional.QuantState(
+        absmax, state2 = functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+    state = functional.QuantState(
         absmax=absmax, shape=weight.shape, dtype=compute_dtype or given, blocksize=BLOCK, offset=offset, state2=state2,
-        code=_functional.get_4bit_type("nf4", device=device), quant_type="nf4",
+        code=functional.get_4bit_type("nf4", device=device), quant_type="nf4",
     )  # fmt: skip
     # without ``module``: the reference back to the layer serves quantization alone, and a deep copy would keep the
     # original model alive through it
-    parameter: nn.Parameter = _bnb.nn.Params4bit(
+    parameter: nn.Parameter = import_extra("bitsandbytes.nn").Params4bit(
         packed, requires_grad=False, quant_state=state, blocksize=BLOCK, compress_statistics=scheme.double_quant,
         quant_type="nf4", bnb_quantized=True,
     )  # fmt: skip
@@ -88,11 +59,7 @@ def values(weight: Any) -> Tensor:
     Raises:
         CheckpointError: see :func:`sound_state`.
     """
-    state = copy.copy(sound_state(weight))
-    state.dtype = torch.float32
-    # the shape once more: bitsandbytes takes a packed weight of one byte for a transposed one
-    numbers: Tensor = _functional.dequantize_4bit(weight.data, state).reshape(state.shape)
-    return numbers
+    return nf4_product.values(weight.data, sound_state(weight), torch.float32)
 
 
 def state_tensors(weight: Any) -> dict[str, Tensor]:
@@ -110,10 +77,10 @@ def from_state_tensors(tensors: Mapping[str, Tensor], scheme: Scheme) -> nn.Para
     Raises:
         CheckpointError: when they are not those of a weight in ``scheme``, or are cut short.
     """
-    rest = dict(tensors)
+    rest, kind = dict(tensors), import_extra("bitsandbytes.nn").Params4bit
     try:
         packed = rest.pop("weight")
-        weight: Any = _bnb.nn.Params4bit.from_prequantized(packed, rest, requires_grad=False, device=packed.device)
+        weight: Any = kind.from_prequantized(packed, rest, requires_grad=False, device=packed.device)
         state = weight.quant_state
         numbers = math.prod(state.shape)
     except (KeyError, ValueError, TypeError, AssertionError, AttributeError) as error:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from qat_plugin.measure import LMMetrics
+from qat_plugin.report import adapters
 from qat_plugin.report.model import (
     BF16,
     CONVERTED,
@@ -22,7 +23,6 @@ from qat_plugin.report.model import (
     Report,
     Row,
 )
-from qat_plugin.report import adapters
 from qat_plugin.report.noise import PairedDifference, paired_difference
 from qat_plugin.report.plan import is_float, stored_bytes
 from qat_plugin.report.units import in_bytes, percent, times

@@ -14,6 +14,7 @@ from qat_plugin import qlora
 from qat_plugin.config.options import AdamW, EmbeddedModel, InstructionFiles, TextFiles, TransformersModel
 from qat_plugin.config.schema import Config
 from qat_plugin.data.embedded import embedded_corpus
+from qat_plugin.data.instructions import InstructionData
 from qat_plugin.data.text import TextData
 from qat_plugin.kernels.torchao_import import known_noise_dropped
 from qat_plugin.models.causal_lm import CausalLM, load_causal_lm
@@ -106,7 +107,7 @@ def _schedule(optimizer: Any) -> dict[str, Any]:
     return {**options, "optimizer_bits": optimizer.bits}
 
 
-def _data(config: Config, tokenizer: Any) -> Any:
+def _data(config: Config, tokenizer: Any) -> TextData | InstructionData:
     data: Any = config.data
     windows: dict[str, Any] = {
         "sequence_length": data.sequence_length,
@@ -116,14 +117,12 @@ def _data(config: Config, tokenizer: Any) -> Any:
         "seed": config.trainer.seed,
     }
     if isinstance(data, InstructionFiles):
-        from qat_plugin.data.instructions import InstructionData
-
         valid = data.valid and Path(data.valid)
         options = {"packing": data.packing, "answers_only": data.answers_only}
         return InstructionData(tokenizer, Path(data.train), valid, **options, **windows)
     if isinstance(data, TextFiles):
         valid = data.valid and Path(data.valid)
-        return TextData(tokenizer, Path(data.train), valid, key=data.key, **({"packing": True} if data.packing else {}), **windows)
+        return TextData(tokenizer, Path(data.train), valid, key=data.key, packing=data.packing, **windows)
     sizes = config.model if isinstance(config.model, EmbeddedModel) else EmbeddedModel()
     corpus = embedded_corpus(train_characters=sizes.train_characters, valid_characters=sizes.valid_characters)
     return TextData(tokenizer, corpus.train_documents, corpus.valid_documents, **windows)

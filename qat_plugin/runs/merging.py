@@ -10,8 +10,8 @@ import torch
 from qat_plugin import qlora
 from qat_plugin import report as reporting
 from qat_plugin.config.launch import Job
-from qat_plugin.conversion import save_converted
 from qat_plugin.conversion import convert as convert_model
+from qat_plugin.conversion import save_converted
 from qat_plugin.errors import ConfigError
 from qat_plugin.policy import human_bytes
 from qat_plugin.qat import capture_inputs, prepare
@@ -90,4 +90,3 @@ def _convert(job: Job, merged: Path, place: Path) -> None:
         reporting.Row(reporting.CONVERTED, subject.evaluate(network, reference)),
     )
     reporting.print_report(replace(Report(f"{scheme}: {place}"), rows=rows))
-

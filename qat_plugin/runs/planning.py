@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import nn
 
 from qat_plugin.callbacks import Schedule
-from qat_plugin.config.launch import Job
 from qat_plugin.config.fields import is_hub_name
+from qat_plugin.config.launch import Job
 from qat_plugin.config.options import EmbeddedText, InstructionFiles, TextFiles, TransformersModel
 from qat_plugin.config.schema import Config
 from qat_plugin.config.targets import is_target

@@ -95,7 +95,9 @@ def test_checkpoints_hold_adapters_only(tmp_path: Path, weights_only: bool) -> N
 def test_the_callback_says_in_one_line_what_trains(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         fitted(tmp_path, Language())
-    (line,) = [r.getMessage() for r in caplog.records if "training" in r.getMessage() and "parameters" in r.getMessage()]
+    (line,) = [
+        r.getMessage() for r in caplog.records if "training" in r.getMessage() and "parameters" in r.getMessage()
+    ]
     assert "14 x nf4-dq" in line
     assert "2 kept" in line
     assert "adapters" in line
