@@ -12,12 +12,13 @@ from qat_plugin.errors import ConfigError, did_you_mean
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether a model's path is a hub's ``org/name``: of that form, and no directory here."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) is not None and not Path(path).exists()
+    """Whether a model's path is a hub's ``org/name``: of that form, and no directory ``org`` here."""
+    named = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) is not None
+    return named and not Path(path.partition("/")[0]).exists()
 
 
 def absolute(path: str) -> str:
-    """A path that means the same from any working directory: a run may be resumed from another one. Blank stays blank."""
+    """A path that means the same from any working directory, from which a run may be resumed; blank stays blank."""
     return path and str(Path(path).expanduser().absolute())
 
 

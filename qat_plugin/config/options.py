@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from omegaconf import MISSING
 
@@ -15,6 +15,7 @@ class EmbeddedModel:
     """A small Llama, trained on the spot and cached."""
 
     kind: str = option("embedded", "set by model=embedded")
+    path: str | None = option(None, "use this local directory (or hub name) instead, as model=transformers does")
     seed: int = option(0, "seed of its weights and of its data's order")
     hidden: int = option(256, "width")
     ffn: int = option(768, "width of the feed-forward layers")
@@ -36,6 +37,10 @@ class EmbeddedModel:
         check_above("model.learning_rate", self.learning_rate, 0)
         if self.hidden % self.heads:
             raise ConfigError(f"model.hidden ({self.hidden}) must be divisible by model.heads ({self.heads})")
+
+    def given(self) -> EmbeddedModel | TransformersModel:
+        """The directory that was named, or itself."""
+        return self if self.path is None else TransformersModel(path=self.path)
 
 
 @dataclass
@@ -74,6 +79,20 @@ class EmbeddedText(Windows):
     """The source text of Python's standard library."""
 
     kind: str = option("embedded", "set by data=embedded")
+    train: str | None = option(None, "learn from this text file instead, as data=text does")
+    valid: str | None = option(None, "its held-out file; null holds out the end of the training text")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.valid is not None and self.train is None:
+            raise ConfigError(f"data.valid={self.valid} needs data.train=FILE beside it")
+
+    def given(self) -> EmbeddedText | TextFiles:
+        """The text files that were named, or itself."""
+        if self.train is None:
+            return self
+        windows = {entry.name: getattr(self, entry.name) for entry in fields(Windows) if entry.name != "kind"}
+        return TextFiles(train=self.train, valid=self.valid, **windows)
 
 
 @dataclass

@@ -153,6 +153,7 @@ class PlanConfig:
 
     gpu_gib: float | None = option(None, "memory of the card in GiB; null for the card's, or any that fits")
     card: str | None = option(None, "card whose peak figures to use, such as h100; null for what is here or fits")
+    shape: str | None = option(None, "architecture to plan for where no model.path is given, such as llama-3-70b")
 
     def __post_init__(self) -> None:
         check_above("plan.gpu_gib", self.gpu_gib, 0)

@@ -63,6 +63,7 @@ class Block:
         rms: whether norms compute in float32 (RMSNorm in transformers) instead of one kernel (LayerNorm).
         activation: its name in the model's config.
         sdpa: whether attention runs without a T x T matrix.
+        capped: whether eager attention caps its logits by a tanh, which keeps its result.
         attention, feed_forward: the linear layers, the one that leads out last.
     """
 
@@ -76,6 +77,7 @@ class Block:
     rms: bool
     activation: str
     sdpa: bool
+    capped: bool
     attention: tuple[Linear, ...]
     feed_forward: tuple[Linear, ...]
 
@@ -115,9 +117,13 @@ def kept_attention(block: Block, sizes: Sizes) -> int:
     """Bytes that the first half (norm, attention) keeps for its backward pass."""
     n, e = sizes.tokens, sizes.size
     inputs = any(layer.adapter for layer in block.attention[:-1])
-    per_token = e * (inputs * block.hidden + 2 * block.query + 2 * block.key) + 4 * block.heads
-    square = 0 if block.sdpa else n * sizes.sequence_length * block.heads * (4 + e)
-    return n * per_token + square + _norms(block, sizes, len(block.norms) - 1) + _adapters(block.attention, sizes)
+    if block.sdpa:
+        per_token = e * (2 * block.query + 2 * block.key) + 4 * block.heads
+    else:  # keys and values repeated for every head, the softmax in float32, and converted
+        per_token = e * 4 * block.query
+        per_token += sizes.sequence_length * block.heads * (4 + e * (e != 4) + e * block.capped)
+    per_token += e * block.hidden * inputs
+    return n * per_token + _norms(block, sizes, len(block.norms) - 1) + _adapters(block.attention, sizes)
 
 
 def kept_feed_forward(block: Block, sizes: Sizes) -> int:
@@ -218,7 +224,7 @@ def _block(found: list[tuple[str, Candidate]], config: Any, plan: Plan, adapters
         rms=any("RMS" in type(c.module).__name__ for _, c in norms),
         activation=str(_first(config, "hidden_act", "hidden_activation", "activation_function") or ""),
         sdpa=getattr(config, "_attn_implementation", "sdpa") != "eager",
-        attention=tuple(attention), feed_forward=tuple(feed_forward),
+        capped=bool(_first(config, "attn_logit_softcapping")), attention=tuple(attention), feed_forward=tuple(feed_forward),
     )  # fmt: skip
 
 

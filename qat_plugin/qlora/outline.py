@@ -94,7 +94,9 @@ def outline(model: nn.Module, plan: Plan, targets: str | Collection[str] = "all-
     if fake:
         uncounted.append(f"copies of {len(fake)} fake-quantized weights ({fake[0]}, ...)")
     if not isinstance(blocks, str) and any(not block.sdpa for block in blocks):
-        uncounted.append("temporaries of eager attention beyond its probabilities (T x T)")
+        uncounted.append("temporaries of eager attention (T x T) beyond what it keeps")
+    if any(module.p > 0 for module in model.modules() if isinstance(module, nn.Dropout)):
+        uncounted.append("the model's own dropout: its masks, and T x T attention where the kernel has none")
     return Outline(
         model=type(model).__name__, nf4=tuple((layer.shape, scheme) for layer, scheme in nf4),
         floats=_floats(model, plan, found), targets=tuple(shapes.get(name) or found[name].out_in for name in names),

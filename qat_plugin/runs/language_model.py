@@ -91,7 +91,7 @@ def model_directory(config: Config) -> Path:
 
 def embedded_recipe(model: EmbeddedModel) -> EmbeddedRecipe:
     """The embedded model's recipe as its room knows it."""
-    return EmbeddedRecipe(**{name: value for name, value in asdict(model).items() if name != "kind"})
+    return EmbeddedRecipe(**{name: value for name, value in asdict(model).items() if name not in ("kind", "path")})
 
 
 def _float(path: Path) -> Any:

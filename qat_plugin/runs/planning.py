@@ -93,6 +93,8 @@ def check_choices(config: Config) -> None:
         raise ConfigError("optimizer=own is for model=custom: a language model that qat loads has none of its own")
     if not isinstance(config.data, (EmbeddedText, InstructionFiles, TextFiles)):
         raise ConfigError("data=custom is for model=custom; with a language model use data=text or data=embedded")
+    if not config.data.kind == "embedded" and not config.data.train and config.task.name not in ("plan", "merge"):
+        raise ConfigError("data.train is needed: the file to learn from; give data.train=FILE")
     if isinstance(config.model, TransformersModel) and not is_hub_name(config.model.path):
         _check_path("model.path", config.model.path)
     if isinstance(config.data, (InstructionFiles, TextFiles)):

@@ -12,9 +12,10 @@ from torch import nn
 from qat_plugin.config.options import EmbeddedModel
 from qat_plugin.config.schema import Config
 from qat_plugin.config.typed import option_of
-from qat_plugin.errors import CheckpointError
+from qat_plugin.errors import CheckpointError, ConfigError
 from qat_plugin.kernels.torchao_import import known_noise_dropped
 from qat_plugin.models.embedded import _model as embedded_architecture
+from qat_plugin.models.shapes import shape_config
 from qat_plugin.runs.custom import build_custom
 from qat_plugin.runs.language_model import embedded_recipe
 from qat_plugin.runs.subject import network_of
@@ -35,8 +36,20 @@ def skeleton_of(config: Config, allow: tuple[str, ...]) -> nn.Module:
             tokens = SimpleNamespace(bos_token_id=0, eos_token_id=0)
             network: nn.Module = embedded_architecture(embedded_recipe(config.model), tokens)
         else:
-            network = _from_directory(Path(config.model.path))
+            network = _from_directory(Path(config.model.path)) if config.model.path else _from_shape(config)
     return network.to(dtype)
+
+
+def _from_shape(config: Config) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    if config.plan.shape is None:
+        raise ConfigError(
+            "model.path is needed: local directory with config.json, weights and tokenizer, or a hub's org/name; give "
+            "model.path=VALUE, or for a plan alone plan.shape=NAME"
+        )
+    network: nn.Module = AutoModelForCausalLM.from_config(shape_config(config.plan.shape))
+    return network
 
 
 def _from_directory(folder: Path) -> nn.Module:

@@ -17,7 +17,10 @@ from qat_plugin.scheme import EXAMPLES, Scheme
 
 from .conftest import Compose, jobs_of
 
-NEEDED = {"qat_int4_llama": ("model.path=DIR", "data.train=FILE", "data.valid=FILE")}
+NEEDED = {
+    "qat_int4_llama": ("model.path=DIR", "data.train=FILE", "data.valid=FILE"),
+    **{name: ("model.path=DIR", "data.train=FILE") for name in ("qlora_7b", "qlora_70b_one_gpu", "qlora_70b_48gb")},
+}
 NAMES = sorted(path.stem for path in recipes_folder().glob("*.yaml"))
 
 
@@ -94,6 +97,7 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_defaults(
 
 
 def test_paths_mean_the_same_from_any_working_directory(compose: Compose, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()  # else models/x would be a hub's name
     config = compose("recipe=qat_int4_llama", "model.path=models/x", "data.train=t.txt", "data.valid=/v.txt")
     assert config.model.path == str(tmp_path / "models" / "x")
     assert (config.data.train, config.data.valid) == (str(tmp_path / "t.txt"), "/v.txt")

@@ -313,16 +313,16 @@ def test_tensors_of_another_weight_are_refused() -> None:
 
 def test_guard_lets_layers_that_others_made_train_after_an_eval_forward() -> None:
     bnb = import_extra("bitsandbytes")
-    theirs = bnb.nn.Linear4bit(128, 64, compute_dtype=torch.float32, quant_type="nf4")
-    model = nn.Sequential(theirs.to("cpu"), nn.ReLU(), nf4_linear(nn.Linear(64, 64), DQ))
+    theirs = bnb.nn.Linear4bit(96, 64, compute_dtype=torch.float32, quant_type="nf4").bfloat16().to("cpu")
+    model = nn.Sequential(theirs, nn.ReLU(), nf4_linear(nn.Linear(64, 64), DQ))
     assert guard(model) == 2 and guard(model) == 2
     weight, bias = dequantized(model[0]), model[0].bias.detach().clone()
     with torch.no_grad():
-        model.eval()(torch.randn(4, 128))
-    x = torch.randn(4, 128, requires_grad=True)
+        model.eval()(torch.randn(4, 96))
+    x = torch.randn(4, 96, requires_grad=True)
     model.train()[0](x).sum().backward()
     assert torch.equal(x.grad, torch.ones(4, 64) @ weight)
-    assert torch.equal(model[0].bias, bias)
+    assert torch.equal(model[0].bias, bias) and model[0].bias.dtype == torch.bfloat16
 
 
 def test_a_repacked_weight_is_refused() -> None:

@@ -30,6 +30,8 @@ QUICK = (
     "trainer.max_steps=2", "trainer.threads=1", "data.batch_size=2", "data.sequence_length=32", "data.eval_tokens=330",
     "measure.latency_rounds=1", "measure.latency_tokens=[1,3]",
 )  # fmt: skip
+LARGE = ("qlora_7b", "qlora_70b_one_gpu", "qlora_70b_48gb")
+TRAINED = {"ptq_tiny": "PTQ", "qlora_tiny": "merged, w4a16-g32", "qat_lora_tiny": "QAT + LoRA"}
 RECIPES = sorted(path.stem for path in recipes_folder().glob("*.yaml"))
 
 
@@ -46,7 +48,10 @@ def _small_cache(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def text(tmp_path: Path) -> tuple[Path, Path]:
-    """A training file of JSONL and a held-out text."""
+    """A training file of JSONL, a held-out text; chats beside them."""
+    (tmp_path / "chat.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "say it"}, {"role": "assistant", "content": "once upon a time"}]}\n' * 60
+    )
     train, valid = tmp_path / "train.jsonl", tmp_path / "valid.txt"
     train.write_text('{"text": "once upon a time there was a small model"}\n' * 100)
     valid.write_text("the small model met a large one\n" * 60)
@@ -54,7 +59,7 @@ def text(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def small_model() -> list[str]:
-    given = {entry.name: getattr(SMALL, entry.name) for entry in fields(SMALL) if entry.name not in ("kind", "seed")}
+    given = {entry.name: getattr(SMALL, entry.name) for entry in fields(SMALL) if entry.name not in ("kind", "path", "seed")}
     return [f"model.{name}={value}" for name, value in given.items()]
 
 
@@ -62,6 +67,10 @@ def arguments(name: str, text: tuple[Path, Path]) -> list[str]:
     if name == "qat_int4_llama":
         folder = embedded_lm(recipe=embedded_recipe(SMALL), progress=False)
         return [f"model.path={folder}", f"data.train={text[0]}", f"data.valid={text[1]}"]
+    if name in LARGE:
+        folder = embedded_lm(recipe=embedded_recipe(SMALL), progress=False)
+        small = ["model.cache=false", "optimizer.bits=32", "trainer.accumulate=1", "plan.gpu_gib=24"]
+        return [f"model.path={folder}", f"data.train={text[0].with_name('chat.jsonl')}", *small]
     return small_model()
 
 
@@ -72,8 +81,12 @@ def test_a_recipe_runs_from_nothing_to_report(name: str, qat: Qat, text: tuple[P
     assert done.err.replace("training the embedded model", "") == done.err, "two seconds are not up"
     report = read_report(Path("here", "report.json"))
     rows = {row.name: row for row in report.rows}
+    if name in LARGE:
+        assert list(rows) == ["NF4 base", "QLoRA"]
+        assert Path("here", "adapter", "adapter_model.safetensors").is_file()
+        return
     assert rows["reloaded"].metrics == rows["converted"].metrics
-    before = rows["PTQ" if name == "ptq_tiny" else "QAT"].metrics
+    before = rows[TRAINED.get(name, "QAT")].metrics
     assert rows["converted"].metrics.perplexity == pytest.approx(before.perplexity, rel=2e-5)
     assert rows["converted"].bytes_memory < rows["float"].bytes_memory
     assert {entry.workload for entry in report.latency} == {"batch 1, 1 token", "batch 1, 3 tokens"}
@@ -132,8 +145,8 @@ def test_the_skeleton_is_the_model_without_its_weights() -> None:
 def test_the_embedded_models_keys_are_its_recipes_fields_and_defaults() -> None:
     assert embedded_recipe(EmbeddedModel()) == EmbeddedRecipe()
     assert {entry.name for entry in fields(EmbeddedModel)} == {entry.name for entry in fields(EmbeddedRecipe)} | {
-        "kind"
-    }
+        "kind", "path",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
