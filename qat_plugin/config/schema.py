@@ -101,6 +101,7 @@ class DistillConfig:
 class LoraSection:
     """Adapters on a frozen base; the base's schemes are the policy's."""
 
+    enabled: bool = option(False, "train adapters; set by lora=OPTION")
     rank: int = option(16, "rank of the update")
     alpha: float = option(32.0, "the update is scaled by alpha / rank")
     dropout: float = option(0.0, "on the input of the adapters, in training")
@@ -131,7 +132,7 @@ class LoraSection:
 class MergeConfig:
     """Folding adapters into weights."""
 
-    into: str = option("original", "original: the float weights; nf4: what the adapters were trained on, dequantized")
+    into: str = option("nf4", "nf4: into the dequantized weights that the adapters were trained on; original: the float ones")
     scheme: str | None = option(None, "then convert to this scheme; null for no conversion")
     compare: list[str] = field(
         default_factory=lambda: ["w8a16", "w4a16-g32"],

@@ -58,7 +58,7 @@ def to_config(composed: DictConfig, *, name: str | None = None) -> Config:
 def _leave_out(composed: DictConfig) -> None:
     """What these tasks do not need may be missing."""
     for section, key in _FILES:
-        if key in composed[section] and OmegaConf.is_missing(composed[section], key):
+        if OmegaConf.is_missing(composed[section], key):
             composed[section][key] = ""
 
 
@@ -124,6 +124,7 @@ def recipe_text(config: Config) -> str:
     choices = {
         "task": config.task.name,
         "policy": "free",
+        "lora": "default" if config.lora.enabled else "none",
         **{group: option_of(config, group) for group in _OPEN_GROUPS},
     }
     values = significant(config)

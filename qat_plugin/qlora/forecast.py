@@ -37,6 +37,7 @@ GIB: Final = 1 << 30
 CARD_GIB: Final = {24: 23.5, 40: 39.4, 48: 44.4, 80: 79.1, 141: 139.7}
 """Sizes that cards are sold as -> GiB that torch finds on them (of the 48 GB cards the smallest, an L40S with ECC)."""
 
+_DEVICES: Final = ("cpu", "cuda", "gpu")
 _CONTEXT: Final = GIB  # CUDA's context, loaded kernels, cuBLAS' workspace
 _FRAGMENTS: Final = 0.05  # of what comes and goes
 _MOST_RESERVE: Final = 3 * GIB // 2
@@ -77,6 +78,8 @@ class Settings:
             kind = getattr(self, name)
             if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
                 raise ConfigError(f"{name}={kind!r} is no float type: torch.bfloat16 and torch.float32 are usual")
+        if self.device.partition(":")[0] not in _DEVICES:
+            raise ConfigError(f"device={self.device!r} is not one of {', '.join(_DEVICES)}")
 
     @property
     def tokens(self) -> int:
@@ -86,7 +89,7 @@ class Settings:
     @property
     def on_cuda(self) -> bool:
         """Whether the run is on a card."""
-        return torch.device(self.device).type == "cuda"
+        return self.device.partition(":")[0] in ("cuda", "gpu")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""

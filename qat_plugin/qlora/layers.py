@@ -49,10 +49,10 @@ class _Lean(Extended):
         low = F.linear(x, a)
         flat = out.reshape(-1, out.shape[-1])
         if low.dtype == out.dtype:
-            return torch.addmm(
-                flat, low.reshape(-1, low.shape[-1]), b.to(low.dtype).t(), alpha=layer.scaling[ADAPTER]
-            ).view_as(out)
-        return out + layer.scaling[ADAPTER] * F.linear(low, b).to(out.dtype)
+            low = low.reshape(-1, low.shape[-1])
+            return torch.addmm(flat, low, b.to(low.dtype).t(), alpha=layer.scaling[ADAPTER]).view_as(out)
+        update: Tensor = layer.scaling[ADAPTER] * F.linear(low, b)
+        return out + update.to(out.dtype)
 
 
 class _Folded(Extended):
@@ -90,7 +90,8 @@ def is_folded(layer: object) -> bool:
 
 def extend(layer: Any) -> None:
     """Give peft's LoRA layer the forward that its base needs, in place."""
-    layer.__class__ = _extended_class(type(layer), isinstance(layer.get_base_layer(), FakeQuantized))
+    base: type[nn.Module] = type(layer)
+    layer.__class__ = _extended_class(base, isinstance(layer.get_base_layer(), FakeQuantized))  # type: ignore[arg-type]
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
@@ -101,7 +102,7 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
     return {
         clean_name(path): module
         for path, module in model.named_modules()
-        if isinstance(getattr(module, "lora_A", None), nn.ModuleDict) and ADAPTER in module.lora_A  # type: ignore[operator]
+        if isinstance(getattr(module, "lora_A", None), nn.ModuleDict) and ADAPTER in module.lora_A
     }
 
 

@@ -125,8 +125,8 @@ def prepare(
     also = _matching(model, train_also)
     quantize_layers(model, plan, backend=backend, compute_dtype=compute_dtype, device=device)
     guard(model)
-    integer = Plan(tuple(layer for layer in plan if layer.scheme is not None and layer.scheme.is_integer), plan.model)
-    if len(integer):
+    integer = _integer_part(plan)
+    if integer.quantized:
         fake_quantize(model, integer, learn_scales=learn_scales)
     cast_layers(model, plan)
     config = lora_config(model, _again(model, chosen), options)
@@ -263,6 +263,17 @@ def _matching(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
             raise ConfigError(f"train_also: {pattern!r} matches no layer of {type(model).__name__}")
         found += matched
     return found
+
+
+def _integer_part(plan: Plan) -> Plan:
+    """The same plan, every layer listed, in which only integer schemes change anything."""
+    layers = (
+        layer
+        if layer.scheme is None or layer.scheme.is_integer
+        else replace(layer, scheme=None, kernel="float", reason=f"{layer.scheme} in the base", tied_to=None)
+        for layer in plan
+    )
+    return Plan(tuple(layers), plan.model)
 
 
 def _again(model: nn.Module, chosen: Sequence[Candidate]) -> list[Candidate]:

@@ -34,7 +34,7 @@ def base_policy(config: Config) -> Policy:
 
 def trains_adapters(config: Config) -> bool:
     """Whether a recipe's run fine-tunes adapters."""
-    return "qlora" in config.task.stages or "base" in config.task.stages
+    return config.lora.enabled
 
 
 def check_scheme(key: str, scheme: str | None) -> None:

@@ -78,7 +78,9 @@ def _verdict(config: Config, predicted: Forecast) -> tuple[bool, str]:
     if not predicted.settings.on_cuda:
         return True, "Planned for the CPU; plan.gpu_gib=SIZE or plan.card=NAME plans for a card."
     card = predicted.smallest_card()
-    smallest = f"The smallest standard card that holds it: {card} GB." if card else "No standard card up to 141 GB holds it."
+    smallest = (
+        f"The smallest standard card that holds it: {card} GB." if card else "No standard card up to 141 GB holds it."
+    )
     asked = config.plan.gpu_gib if config.plan.gpu_gib is not None else _chosen(config).gib
     if asked is None:
         return card is not None, smallest

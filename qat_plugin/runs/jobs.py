@@ -27,12 +27,14 @@ from qat_plugin.runs.base_policy import policy_of, trains_adapters
 from qat_plugin.runs.custom import custom_subject
 from qat_plugin.runs.doctor import examination
 from qat_plugin.runs.folder import ADAPTER, CONVERTED, MERGED, RunFolder, open_folder
+from qat_plugin.runs.forecasting import WILL_NOT_FIT, forecast_run
 from qat_plugin.runs.interruption import EXIT_CODE, Interrupted, Interruptions
 from qat_plugin.runs.journal import journal, say
 from qat_plugin.runs.ladder import Ladder
 from qat_plugin.runs.language_model import language_subject
 from qat_plugin.runs.merging import merge_run
 from qat_plugin.runs.planning import planned
+from qat_plugin.runs.skeleton import skeleton_of
 from qat_plugin.runs.subject import Subject, network_of
 from qat_plugin.runs.training import accelerator_of
 
@@ -62,7 +64,7 @@ def run_job(job: Job, given: Sequence[str]) -> int:
                 print(examination())
             case "plan":
                 with journal(None, verbose=config.verbose):
-                    print(planned(job))
+                    return _plan(job)
             case "merge":
                 with journal(None, verbose=config.verbose):
                     merge_run(job)
@@ -75,6 +77,21 @@ def run_job(job: Job, given: Sequence[str]) -> int:
         print(f"qat: {error}", file=sys.stderr)
         return MISTAKE
     return 0
+
+
+def _plan(job: Job) -> int:
+    """Print what becomes of each layer and, for adapters, what training will take.
+
+    Returns:
+        0, or 3 when the run would not fit the card that the recipe is for.
+    """
+    plan = planned(job)
+    print(plan)
+    if not trains_adapters(job.config) or option_of(job.config, "model") == "custom":
+        return 0
+    text, fits = forecast_run(job.config, skeleton_of(job.config, job.allow), plan)
+    print(f"\n{text}")
+    return 0 if fits else WILL_NOT_FIT
 
 
 def evaluate(job: Job) -> None:

@@ -78,7 +78,8 @@ def _convert(job: Job, merged: Path, place: Path) -> None:
     from qat_plugin.runs.subject import network_of
 
     subject, scheme = subject_of(job), job.config.merge.scheme
-    assert subject.build_from is not None and scheme is not None
+    assert subject.build_from is not None
+    assert scheme is not None
     reference = network_of(subject.build_from(merged)).eval()
     network = prepare(network_of(subject.build_from(merged)).eval(), scheme)
     with capture_inputs(network) as inputs:

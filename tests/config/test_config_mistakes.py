@@ -26,7 +26,7 @@ TINY = "recipe=qat_int4_tiny"
         (["max_steps=3"], "Did you mean 'trainer.max_steps'"),
         (["+trainer.max_step=3"], "unknown key 'trainer.max_step'"),
         (["++nonsense=3"], "unknown key 'nonsense'"),
-        (["model.path=x"], "unknown key 'model.path'"),
+        (["model.pat=x"], "unknown key 'model.pat'"),
         (["trainer.max_steps=abc"], "trainer.max_steps: Value 'abc'"),
         (["trainer.max_steps=0"], "trainer.max_steps=0 is not allowed: it must be at least 1"),
         (["trainer.precision=bf16"], "one of 32-true, bf16-mixed, bf16-true"),

@@ -237,7 +237,7 @@ def test_an_adapter_of_another_model_is_refused(pair: tuple[Path, Path], tmp_pat
     other = family("gpt2", tmp_path / "other")
     refused(other, adapter, "has 14 targets that the GPT2LMHeadModel in .* lacks: model.layers.0")
     saved(llama(intermediate_size=64), tmp_path / "narrow")
-    refused(tmp_path / "narrow", adapter, r"is for a weight \[64, 96\], .* has \[64, 64\]")
+    refused(tmp_path / "narrow", adapter, r"is for a weight \[64, 128\], .* has \[64, 64\]")
     assert base.is_dir()
 
 

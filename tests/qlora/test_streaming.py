@@ -217,8 +217,8 @@ def test_a_tied_weight_that_is_nowhere(tmp_path: Path) -> None:
 
 
 def test_a_config_of_another_size(tmp_path: Path) -> None:
-    change_config(family("llama", tmp_path), intermediate_size=128)
-    fails(tmp_path, r"down_proj\.weight \(\[64, 96\] in the file, \[64, 128\] in the model\)")
+    change_config(family("llama", tmp_path), intermediate_size=192)
+    fails(tmp_path, r"down_proj\.weight \(\[64, 128\] in the file, \[64, 192\] in the model\)")
 
 
 def test_a_tokenizer_of_another_vocabulary(tmp_path: Path) -> None:

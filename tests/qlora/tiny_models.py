@@ -11,7 +11,7 @@ import transformers as tf
 
 VOCABULARY, WORDS = 72, 64  # some tokenizers add words of their own
 _LLAMA = {
-    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
 }  # fmt: skip
 _HEADS = {**_LLAMA, "head_dim": 16}

@@ -153,7 +153,7 @@ def test_the_embedded_models_keys_are_its_recipes_fields_and_defaults() -> None:
     ("keys", "said"),
     [
         (["model.path=no/such/model"], "no/such/model does not exist; nor does the folder"),
-        (["data.train=train.jsnl"], "Did you mean 'train.jsonl'?"),
+        (["data.train=train.jsnl"], "Did you mean 'train.jsonl'"),
         (["data.valid=."], "directory"),
         (["policy.rules.attn=w8a8"], "policy rule 'attn' matched no module"),
         (["policy.rules.head=w4a16-g32", "policy.indivisible=error", "policy.default=w4a16-g48"], "48"),
