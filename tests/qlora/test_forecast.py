@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from tests.qlora.tiny_models import FAMILIES, mixtral
 from torch import nn
 
 from qat_plugin.errors import ConfigError
@@ -25,6 +24,7 @@ from qat_plugin.qlora.nf4 import is_nf4, state_tensors
 from qat_plugin.qlora.outline import Outline, outline
 from qat_plugin.qlora.prepare import base_plan
 from qat_plugin.qlora.streaming import base_bytes
+from tests.qlora.tiny_models import FAMILIES, mixtral
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("peft")
@@ -45,13 +45,14 @@ def part(found: Forecast, name: str) -> int:
 
 
 def bytes_of(model: nn.Module) -> int:
-    """Parameters and buffers; an NF4 weight without the text that bitsandbytes writes into files beside it."""
-    texts = (
-        tensor.nbytes
-        for module in model.modules() if is_nf4(module)
-        for name, tensor in state_tensors(module).items() if "bitsandbytes__" in name
-    )  # fmt: skip
-    return base_bytes(model) - sum(texts)
+    """Parameters and buffers as they are in memory: a file has a text for each NF4 weight, in the place of the offset."""
+    total = base_bytes(model)
+    for module in model.modules():
+        if is_nf4(module):
+            state: Any = module.weight.quant_state
+            total -= next(t.nbytes for name, t in state_tensors(module).items() if "bitsandbytes__" in name)
+            total += state.offset.nbytes if state.nested else 0
+    return total
 
 
 def without_dropout(model: Any) -> Any:
