@@ -5,9 +5,10 @@
     python benchmarks/qlora_70b.py --scale 0.1 --device cpu --seq 256 --out small.json      # the same code, on a CPU
 
 Weights are drawn on the device tensor by tensor and quantized at once, so the bf16 model is never there. Then real
-training steps: NF4 base with double quantization, float32 adapters on all linear layers, gradient checkpointing, chunked
-loss, AdamW. Throughput leaves out the first step. ``--scale`` narrows hidden and inner widths (to multiples of 256),
-layers and vocabulary alike. Peaks are torch's allocator's: exact bytes on both devices; on CUDA also what it reserved.
+training steps: NF4 base with double quantization, float32 adapters on all linear layers, gradient checkpointing,
+chunked loss, AdamW. Throughput leaves out the first step. ``--scale`` narrows hidden and inner widths (to multiples
+of 256), layers and vocabulary alike. Peaks are torch's allocator's: exact bytes on both
+devices; on CUDA also what it reserved.
 """
 
 from __future__ import annotations

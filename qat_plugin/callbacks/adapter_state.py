@@ -70,8 +70,8 @@ def _check_arriving(module: nn.Module, state_dict: Mapping[str, Any], prefix: st
     if not qlora.is_prepared(module):
         if any(".lora_" in key for key in state_dict):
             raise CheckpointError(
-                f"a checkpoint of adapters arrives at {type(module).__name__}, whose adapters were merged: evaluate the "
-                "module as it is (ckpt_path=None), or load the checkpoint into a fresh one"
+                f"a checkpoint of adapters arrives at {type(module).__name__}, whose adapters were merged: evaluate "
+                "the module as it is (ckpt_path=None), or load the checkpoint into a fresh one"
             )
         return
     arriving = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}

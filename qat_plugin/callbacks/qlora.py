@@ -185,8 +185,8 @@ class QLoRAFinetuning(ResumingCallback):
         was, now = state_dict["base"], qlora.base_fingerprint(module)
         if was["fingerprint"] != now:
             raise CheckpointError(
-                f"the checkpoint's adapters were trained on another base: {was['path'] or 'a base without a path'} with "
-                f"fingerprint {was['fingerprint'][:12]}, here is {_path_of(module) or 'one'} with {now[:12]}. "
+                f"the checkpoint's adapters were trained on another base: {was['path'] or 'a base without a path'} "
+                f"with fingerprint {was['fingerprint'][:12]}, here is {_path_of(module) or 'one'} with {now[:12]}. "
                 "Load the base that they were trained on"
             )
         if state_dict["quantizers"] is not None:
@@ -246,7 +246,7 @@ class QLoRAFinetuning(ResumingCallback):
 
 
 def network_in(pl_module: L.LightningModule) -> nn.Module:
-    """The one transformers model among the module's children, whose names adapter files should have; else the module."""
+    """The one transformers model among the module's children, as adapter files have its names; else the module."""
     weighty = [child for child in pl_module.children() if next(child.parameters(), None) is not None]
     transformers = [child for child in weighty if hasattr(child, "save_pretrained") and hasattr(child, "config")]
     return transformers[0] if len(transformers) == len(weighty) == 1 else pl_module

@@ -132,7 +132,9 @@ class LoraSection:
 class MergeConfig:
     """Folding adapters into weights."""
 
-    into: str = option("nf4", "nf4: into the dequantized weights that the adapters were trained on; original: the float ones")
+    into: str = option(
+        "nf4", "nf4: into the dequantized weights that adapters were trained on; original: the float ones"
+    )
     scheme: str | None = option(None, "then convert to this scheme; null for no conversion")
     compare: list[str] = field(
         default_factory=lambda: ["w8a16", "w4a16-g32"],

@@ -23,8 +23,8 @@ _GENERATION: Final = "{% generation"
 def encode_conversation(conversation: Conversation, tokenizer: Any, *, answers_only: bool, where: str) -> Example:
     """Token ids and labels of one conversation.
 
-    With a chat template, its text is the template's. Without one it is Alpaca's form: a preamble, then each turn under a
-    heading, answers closed by the end-of-text token. Labels are the ids, and -100 where nothing is to be learned.
+    With a chat template, its text is the template's. Without one it is Alpaca's form: a preamble, then each turn under
+    a heading, answers closed by the end-of-text token. Labels are the ids, and -100 where nothing is to be learned.
 
     Args:
         conversation: turns; the assistant's are the answers.

@@ -40,9 +40,9 @@ class _Examples(Dataset[dict[str, Tensor]]):
 class InstructionData(L.LightningDataModule):
     """Conversations for training and evaluation; the loss is on the answers.
 
-    Batches hold ``input_ids`` and ``labels``, int64 [B, T], labels not shifted and -100 where nothing is predicted; with
-    packing ``position_ids`` that begin anew with each example, without ``attention_mask``. Training visits the windows in
-    an order that is a pure function of (seed, epoch).
+    Batches hold ``input_ids`` and ``labels``, int64 [B, T], labels not shifted and -100 where nothing is predicted;
+    with packing ``position_ids`` that begin anew with each example, without ``attention_mask``. Training visits the
+    windows in an order that is a pure function of (seed, epoch).
 
     Example:
         >>> data = InstructionData(tokenizer, "chat.jsonl", sequence_length=1024)
@@ -113,8 +113,8 @@ class InstructionData(L.LightningDataModule):
             held_out = max(1, round(len(train.items) * self.valid_fraction))
             if held_out >= len(train.items):
                 raise DataError(
-                    f"{train.source} has {len(train.items)} record: holding out {self.valid_fraction:.0%} for validation "
-                    "leaves none to train on; give a file for valid, or more records"
+                    f"{train.source} has {len(train.items)} record: holding out {self.valid_fraction:.0%} for "
+                    "validation leaves none to train on; give a file for valid, or more records"
                 )
             valid = Conversations(train.items[-held_out:], f"the end of {train.source}")
             train = Conversations(train.items[:-held_out], train.source)
@@ -184,8 +184,8 @@ class InstructionData(L.LightningDataModule):
             )
         if long:
             rank_zero_warn(
-                f"{source}: {long} of {len(examples)} examples are longer than sequence_length={self.sequence_length} and "
-                f"are cut off; {len(examples) - len(kept)} of them lose their whole answer and are left out"
+                f"{source}: {long} of {len(examples)} examples are longer than sequence_length={self.sequence_length} "
+                f"and are cut off; {len(examples) - len(kept)} of them lose their whole answer and are left out"
             )
         return _Examples(kept, self.sequence_length)
 

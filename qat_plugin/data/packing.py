@@ -6,8 +6,8 @@
     window 0   a a a a a a a d d d d d                   position_ids 0 1 2 3 4 5 6 0 1 2 3 4
     window 1   c c c c b b b . . . . .                   position_ids 0 1 2 3 0 1 2 0 1 2 3 4
 
-Positions begin anew with each example; transformers' models make a block-diagonal mask of that when no attention mask is
-given, sliding windows included. No example's first token is predicted: it would be from the end of another one.
+Positions begin anew with each example; transformers' models make a block-diagonal mask of that when no attention mask
+is given, sliding windows included. No example's first token is predicted: it would be from the end of another one.
 """
 
 from __future__ import annotations

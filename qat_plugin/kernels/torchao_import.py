@@ -1,8 +1,9 @@
 """Importing torchao without its noise.
 
 On a machine without CUDA its import logs, on two loggers, that CUDA libraries do not load and that an enum's
-registration is deprecated; bitsandbytes' logs that an optional kernel was not found. A filter drops those known texts during our own import only; ``qat task=doctor`` shows
-what was dropped. On a CUDA machine nothing is filtered: there a library that does not load matters.
+registration is deprecated; bitsandbytes' logs that an optional kernel was not found. A filter drops those known texts
+during our own import only; ``qat task=doctor`` shows what was dropped. On a CUDA machine nothing is filtered: there a
+library that does not load matters.
 """
 
 from __future__ import annotations

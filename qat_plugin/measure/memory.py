@@ -57,12 +57,12 @@ def cpu_allocations() -> Iterator[Allocations]:
             loss(model(batch)).backward()
         print(memory.peak)
     """
-    if torch.autograd._profiler_enabled():
+    if torch._C._autograd._profiler_enabled():
         raise QatError("cpu_allocations() measures with torch's profiler, which is running already and does not nest")
     found = Allocations()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         yield found
-    results: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    results: Any = profiler.profiler.kineto_results
     changes = [
         (node.start_time_ns, node.typed[1].ptr, node.typed[1].alloc_size)
         for node in _nodes(results.experimental_event_tree())

@@ -21,8 +21,9 @@ __all__ = ["CausalLM", "load_causal_lm"]
 class CausalLM(L.LightningModule):
     """Next-token training of a causal language model: AdamW, linear warm-up, cosine decay to a tenth.
 
-    Batches hold ``input_ids`` and ``labels``, int64 [B, T] (labels are shifted here; -100 is not predicted), and may hold
-    ``attention_mask`` or, for packed examples, ``position_ids``. Logs ``train_loss``, ``val_loss`` and ``val_perplexity`` (and ``test_``), in nats per token, weighted by tokens.
+    Batches hold ``input_ids`` and ``labels``, int64 [B, T] (labels are shifted here; -100 is not predicted), and may
+    hold ``attention_mask`` or, for packed examples, ``position_ids``. Logs ``train_loss``, ``val_loss`` and
+    ``val_perplexity`` (and ``test_``), in nats per token, weighted by tokens.
 
     Args:
         model: a transformers model whose forward takes ``input_ids`` and ``labels`` and returns ``.loss``.

@@ -10,5 +10,6 @@ from qat_plugin.qlora.streaming import BaseRecord, load_base
 
 __all__ = [
     "BaseRecord", "Prepared", "base_fingerprint", "is_prepared", "load_adapter", "load_base", "lora_layers", "merge",
-    "merge_directory", "offloading", "prepare", "prepared_of", "read_adapter", "save_adapter", "summary", "without_adapters",
+    "merge_directory", "offloading", "prepare", "prepared_of", "read_adapter", "save_adapter", "summary",
+    "without_adapters",
 ]  # fmt: skip

@@ -1,7 +1,7 @@
 """What a decoder block keeps for its backward pass, and takes in it: bytes derived from the block's shape.
 
-Per token, with e bytes a number, D hidden, F inner, Q and K widths of queries and keys, r rank; "if" means: if the layer
-that reads it has an adapter, for an NF4 layer itself keeps nothing of its input::
+Per token, with e bytes a number, D hidden, F inner, Q and K widths of queries and keys, r rank; "if" means: if the
+layer that reads it has an adapter, for an NF4 layer itself keeps nothing of its input::
 
     norm (RMS)       4 D            a float32 copy (in float32 the input itself); LayerNorm: e D
     x1 -> q, k, v    e D if         q, k, v after rotation: e (Q + 2 K)
@@ -178,7 +178,7 @@ def blocks_of(model: nn.Module, plan: Plan, adapters: Collection[str]) -> list[B
     Returns:
         The blocks; or why they are not known, in words.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     groups: dict[tuple[str, int], list[tuple[str, Candidate]]] = {}
     for candidate in candidates(model):
@@ -224,7 +224,8 @@ def _block(found: list[tuple[str, Candidate]], config: Any, plan: Plan, adapters
         rms=any("RMS" in type(c.module).__name__ for _, c in norms),
         activation=str(_first(config, "hidden_act", "hidden_activation", "activation_function") or ""),
         sdpa=getattr(config, "_attn_implementation", "sdpa") != "eager",
-        capped=bool(_first(config, "attn_logit_softcapping")), attention=tuple(attention), feed_forward=tuple(feed_forward),
+        capped=bool(_first(config, "attn_logit_softcapping")),
+        attention=tuple(attention), feed_forward=tuple(feed_forward),
     )  # fmt: skip
 
 

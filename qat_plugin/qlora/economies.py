@@ -90,8 +90,8 @@ def cheapest_change(forecast: Forecast, gib: float) -> Change | None:
     open_options = [(option, values) for option in _OPTIONS if (values := list(option.values(given)))]
     for size in range(1, len(open_options) + 1):
         for chosen in itertools.combinations(open_options, size):
-            for values in itertools.product(*(values for _, values in chosen)):
-                changed = {option.field: value for (option, _), value in zip(chosen, values, strict=True)}
+            for picked in itertools.product(*(values for _, values in chosen)):
+                changed = {option.field: value for (option, _), value in zip(chosen, picked, strict=True)}
                 tried = forecast_of(forecast.outline, replace(given, **changed))
                 if tried.fits(gib):
                     return Change(changed, tuple(option.cost for option, _ in chosen), tried)

@@ -11,7 +11,7 @@ _ADAPTER = "default"
 
 
 def folded_weight(layer: Any) -> Tensor:
-    """``W + s * B A`` of a peft LoRA layer on a float base; summed in float32 at least, autocast or not; differentiable.
+    """``W + s * B A`` of a peft LoRA layer on a float base; in float32 at least, autocast or not; differentiable.
 
     Training under fake quantization and merging both call this, so that the merged weight is, to the bit, the one that
     the fake quantizer saw.

@@ -1,4 +1,4 @@
-"""LoRA layers with a forward of our own: peft's objects, names and files, fewer copies, and LoRA under fake quantization.
+"""LoRA layers with a forward of our own: peft's objects, names and files, fewer copies; LoRA under fake quantization.
 
 peft's layer is extended in place, as :mod:`qat_plugin.qat.layers` extends a Linear; two behaviours::
 
@@ -107,7 +107,7 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def keep_full_precision(layer: Any) -> None:
-    """Let the adapter of a layer keep its type when the model is cast (``precision="bf16-true"``, ``model.to(dtype)``)."""
+    """Let a layer's adapter keep its type when the model is cast (``precision="bf16-true"``, ``model.to(dtype)``)."""
     for name in ("lora_A", "lora_B", "lora_magnitude_vector"):
         for part in getattr(layer, name, nn.ModuleDict()).modules():
             if part._parameters:

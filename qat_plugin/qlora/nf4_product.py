@@ -1,9 +1,9 @@
 """The product with an NF4 weight on CPUs: bitsandbytes' layer with a forward and backward of our own.
 
-On CUDA the layer is bitsandbytes' own. On CPUs its kernel takes a weight apart row by row and is wrong where a row of 32
-(modulo 64) columns ends within a block of 64: the rows after it get the scales of other blocks, in forward, backward and
-``dequantize_4bit`` alike (0.50.2; NF4's error is then 25% instead of 9% on Gaussian weights). Taken as one long row, the
-weight comes out right, whatever its width.
+On CUDA the layer is bitsandbytes' own. On CPUs its kernel takes a weight apart row by row and is wrong where a row of
+32 (modulo 64) columns ends within a block of 64: the rows after it get the scales of other blocks, in forward, backward
+and ``dequantize_4bit`` alike (0.50.2; NF4's error is then 25% instead of 9% on Gaussian weights). Taken as one long
+row, the weight comes out right, whatever its width.
 """
 
 from __future__ import annotations

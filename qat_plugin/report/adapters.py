@@ -68,8 +68,8 @@ def _survival(report: Report) -> Iterator[str]:
     if lost:
         listed = ", ".join(f"{choice} ({cosine:.3f})" for choice, cosine in lost)
         yield (
-            f"Of the update itself, these forms of storage keep less than {percent(SURVIVES)} (mean cosine with what was "
-            f"learned): {listed}."
+            f"Of the update itself, these forms of storage keep less than {percent(SURVIVES)} (mean cosine with what "
+            f"was learned): {listed}."
         )
 
 

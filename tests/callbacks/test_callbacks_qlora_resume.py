@@ -46,7 +46,7 @@ def test_a_stop_at_any_step_changes_nothing(tmp_path: Path, base: str, stop: int
     expected, found = adapters(whole), adapters(resumed)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert [loss for loss in whole.losses[stop:]] == resumed.losses
+    assert whole.losses[stop:] == resumed.losses
     for mine, theirs in zip(saved["optimizer_states"], whole_saved["optimizer_states"], strict=True):
         for index, state in theirs["state"].items():
             assert all(torch.equal(mine["state"][index][name], value) for name, value in state.items())

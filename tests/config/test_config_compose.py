@@ -19,7 +19,7 @@ from .conftest import Compose, jobs_of
 
 NEEDED = {
     "qat_int4_llama": ("model.path=DIR", "data.train=FILE", "data.valid=FILE"),
-    **{name: ("model.path=DIR", "data.train=FILE") for name in ("qlora_7b", "qlora_70b_one_gpu", "qlora_70b_48gb")},
+    **dict.fromkeys(("qlora_7b", "qlora_70b_one_gpu", "qlora_70b_48gb"), ("model.path=DIR", "data.train=FILE")),
 }
 NAMES = sorted(path.stem for path in recipes_folder().glob("*.yaml"))
 

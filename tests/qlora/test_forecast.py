@@ -1,4 +1,4 @@
-"""The forecast against bytes that are there: parameters, optimizer states, tensors kept for backward, measured peaks."""
+"""The forecast against bytes that are there: parameters, optimizer states, tensors kept for backward, peaks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def part(found: Forecast, name: str) -> int:
 
 
 def bytes_of(model: nn.Module) -> int:
-    """Parameters and buffers as they are in memory: a file has a text for each NF4 weight, in the place of the offset."""
+    """Parameters and buffers in memory: files have a text for each NF4 weight, in the place of the offset."""
     total = base_bytes(model)
     for module in model.modules():
         if is_nf4(module):
@@ -149,8 +149,8 @@ def test_a_block_keeps_what_is_forecast(name: str, dtype: torch.dtype) -> None:
         model(input_ids=torch.arange(batch * length).reshape(batch, length) % 60, use_cache=False)
     sizes = Sizes(batch * length, length, dtype.itemsize, dtype != torch.float32, rank, 0)
     expected, kept = activations.kept(facts.blocks[1], sizes), sum(storage.nbytes() for storage in storages.values())
-    # what is shared by blocks (rotary angles) or a few bytes a token (rsqrt of the norms) is not in it: at this width of
-    # 64, and heads of 16, still visible
+    # what is shared by blocks (rotary angles) or a few bytes a token (rsqrt of the norms) is not in it: at this width
+    # of 64, and heads of 16, still visible
     assert 0.97 * kept < expected <= kept
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from qat_plugin.config.places import recipes_folder
 from qat_plugin.config.options import EmbeddedModel
+from qat_plugin.config.places import recipes_folder
 from qat_plugin.config.schema import Config
 from qat_plugin.models.embedded import EmbeddedRecipe, embedded_lm
 from qat_plugin.report import read_report
@@ -50,7 +50,8 @@ def _small_cache(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def text(tmp_path: Path) -> tuple[Path, Path]:
     """A training file of JSONL, a held-out text; chats beside them."""
     (tmp_path / "chat.jsonl").write_text(
-        '{"messages": [{"role": "user", "content": "say it"}, {"role": "assistant", "content": "once upon a time"}]}\n' * 60
+        '{"messages": [{"role": "user", "content": "say it"}, '
+        '{"role": "assistant", "content": "once upon a time"}]}\n' * 60
     )
     train, valid = tmp_path / "train.jsonl", tmp_path / "valid.txt"
     train.write_text('{"text": "once upon a time there was a small model"}\n' * 100)
@@ -59,8 +60,8 @@ def text(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def small_model() -> list[str]:
-    given = {entry.name: getattr(SMALL, entry.name) for entry in fields(SMALL) if entry.name not in ("kind", "path", "seed")}
-    return [f"model.{name}={value}" for name, value in given.items()]
+    names = [entry.name for entry in fields(SMALL) if entry.name not in ("kind", "path", "seed")]
+    return [f"model.{name}={getattr(SMALL, name)}" for name in names]
 
 
 def arguments(name: str, text: tuple[Path, Path]) -> list[str]:
