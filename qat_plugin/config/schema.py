@@ -142,6 +142,9 @@ class MergeConfig:
     )
     adapter: str | None = option(None, "task=merge: folder of the adapter; null for that of run=DIR")
     out: str | None = option(None, "task=merge: folder to write; null for merged/ in the run's folder")
+    evaluate: bool | None = option(
+        None, "task=merge: measure the adapter on its base and each form of the merge; null where memory is enough"
+    )
     accept_loss: bool = option(False, "merge into NF4 all the same, where it erases small updates")
 
     def __post_init__(self) -> None:

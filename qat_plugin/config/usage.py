@@ -34,7 +34,8 @@ Examples
   qat task=evaluate run=DIR                               measure a run's converted model again
   qat task=doctor                                         what this machine can do
 
-Exit codes: 0 done, 2 a mistake in what was given, 130 stopped by Ctrl-C (resumable), 1 a bug (with its traceback).
+Exit codes: 0 done, 2 a mistake in what was given, 3 a plan whose run will not fit,
+            130 stopped by Ctrl-C (resumable), 1 a bug (with its traceback).
 A class of your own in _target_ needs its package allowed: allow=[my_package], or QAT_ALLOW=my_package.
 Also: --config-dir FOLDER, -m, --cfg job (show the composed recipe), --version, --hydra-help, --shell-completion."""
 

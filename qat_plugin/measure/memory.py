@@ -1,28 +1,23 @@
-"""Peaks of memory while something runs: torch's allocators to the byte, and the process as the system sees it.
+"""Peaks of tensors while something runs, from torch's allocators, to the byte.
 
 ::
 
-    cpu_allocations()    every tensor on the host, exactly; slow (torch's profiler), for a few training steps
-    cuda_allocations()   every tensor on a card, exactly, and what the allocator has reserved for them; free
-    AnonymousMemory()    the whole process, sampled: libraries' own buffers and the allocator's holes too (Linux)
+    cpu_allocations()    every tensor on the host; slow (torch's profiler), for a few training steps
+    cuda_allocations()   every tensor on a card, and what the allocator has reserved for them; free
+
+:mod:`qat_plugin.measure.host_memory` sees the whole process as the system does.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Final
+from typing import Any
 
 import torch
 
 from qat_plugin.errors import QatError
-
-_STATUS: Final = Path("/proc/self/status")
-_EVERY_S: Final = 0.005
 
 
 @dataclass
@@ -46,7 +41,7 @@ def cpu_allocations() -> Iterator[Allocations]:
 
     Bytes are those asked of the allocator (a tensor's storage), to the byte. Freeing what was there before the block is
     not seen: it neither lowers the peak nor what is left. Scratch memory that libraries (oneDNN, MKL) take for
-    themselves is no tensor; :class:`AnonymousMemory` sees it.
+    themselves is no tensor; :class:`~qat_plugin.measure.host_memory.AnonymousMemory` sees it.
 
     Raises:
         QatError: when torch's profiler runs already, which does not nest.
@@ -102,70 +97,6 @@ def cuda_allocations(device: torch.device | str | int = "cuda") -> Iterator[Allo
     found.peak = torch.cuda.max_memory_allocated(card) - start
     found.left = torch.cuda.memory_allocated(card) - start
     found.reserved = torch.cuda.max_memory_reserved(card)
-
-
-class AnonymousMemory:
-    """The peak of this process's anonymous resident memory, sampled by a thread while a block runs.
-
-    Anonymous memory is what the process has allocated itself: pages of mapped files (safetensors being read), which the
-    system takes back at will, are not part of it. A peak shorter than the interval may be missed.
-
-    Attributes:
-        start: bytes when the block was entered; ``None`` where the system does not say (no ``/proc``).
-        peak: the largest sample in bytes, or ``None``.
-
-    Args:
-        interval: seconds between samples.
-    """
-
-    def __init__(self, interval: float = _EVERY_S) -> None:
-        if not interval > 0:
-            raise QatError(f"interval={interval} is not allowed: it is in seconds, above 0")
-        self.interval = interval
-        self.start: int | None = None
-        self.peak: int | None = None
-
-    @property
-    def growth(self) -> int | None:
-        """Bytes of the peak over the start, or ``None``."""
-        return None if self.start is None or self.peak is None else self.peak - self.start
-
-    def __enter__(self) -> AnonymousMemory:
-        self.start = self.peak = anonymous_bytes()
-        if self.start is not None:
-            self._ended = threading.Event()
-            self._thread = threading.Thread(target=self._sample, name="anonymous-memory", daemon=True)
-            self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self.start is not None:
-            self._ended.set()
-            self._thread.join()
-            self._look()
-
-    def _sample(self) -> None:
-        while not self._ended.wait(self.interval):
-            self._look()
-
-    def _look(self) -> None:
-        now = anonymous_bytes()
-        if now is not None:
-            self.peak = max(now, self.peak or 0)
-
-
-def anonymous_bytes() -> int | None:
-    """Anonymous resident memory of this process in bytes; ``None`` where the system does not say."""
-    try:
-        text = _STATUS.read_text(encoding="ascii")
-    except OSError:
-        return None
-    for line in text.splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return None
 
 
 def _nodes(roots: Iterable[Any]) -> Iterator[Any]:

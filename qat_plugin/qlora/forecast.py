@@ -42,6 +42,7 @@ _CONTEXT: Final = GIB  # CUDA's context, loaded kernels, cuBLAS' workspace
 _FRAGMENTS: Final = 0.05  # of what comes and goes
 _MOST_RESERVE: Final = 3 * GIB // 2
 _IN_FLIGHT: Final = 2  # offloaded tensors still, or again, on the card
+_LOGITS: Final = "logits"
 _CHUNK_LOGITS: Final = 1 << 24  # qat_plugin.losses' default
 _CHUNK_LEAST_ROWS: Final = 64
 _STATE_BLOCK, _STATE_LEAST, _STATE_TABLE = 256, 4096, 4 * 256  # of 8-bit moments
@@ -163,6 +164,10 @@ class Forecast:
     def table(self) -> str:
         """The parts in GiB, one a line; then the total, the moments, and what is not counted."""
         rows = [(part.name, f"{part.bytes / GIB:.3f}", part.note) for part in self.parts if part.bytes]
+        if self.moment != "loss":
+            logits = next(part for part in self.moments["loss"] if part.name == _LOGITS)
+            place = next((i for i, row in enumerate(rows) if row[0].startswith("workspace")), len(rows))
+            rows.insert(place, (_LOGITS, "-", f"{logits.bytes / GIB:.3f} in the loss, freed by then"))
         least = "" if self.complete else "at least"
         rows.append(("total", f"{self.total / GIB:.3f}", least))
         wide, figures = (max(len(row[i]) for row in rows) for i in (0, 1))
@@ -309,12 +314,12 @@ def _kept(blocks: list[Block], settings: Settings) -> tuple[dict[str, list[Part]
         return {"loss": [], "backward": []}, insides, 0
     if settings.gradient_checkpointing:
         inputs = [activations.boundary(block, sizes) for block in blocks]
-        name = "block inputs"
+        name = "activations: block inputs"
         for block in insides:
             if activations.keeps_its_input(block, sizes):
                 insides[block] -= activations.boundary(block, sizes)
     else:
-        inputs, name = [insides[block] for block in blocks], "kept by blocks"
+        inputs, name = [insides[block] for block in blocks], "activations: kept by blocks"
     there, note = sum(inputs), f"{len(inputs)} blocks"
     if offloading and len(inputs) > _IN_FLIGHT:
         there, note = _IN_FLIGHT * max(inputs), f"{_IN_FLIGHT} of {len(inputs)} on the card"
@@ -331,11 +336,11 @@ def _backward(blocks: list[Block], settings: Settings, insides: dict[Block, int]
         found.append((own + workspace, own, workspace - weight, weight))
     _, own, gradients, weight = max(found)
     upstream = settings.tokens * blocks[0].hidden * settings.dtype.itemsize if settings.chunked_loss else 0
-    parts = [Part("block recomputed", own)] if own else []
+    parts = [Part("activations: block recomputed", own)] if own else []
     return [
         *parts,
-        Part("gradients of activations", gradients + upstream),
-        Part("dequantized weight", weight, str(settings.dtype).removeprefix("torch.") if weight else ""),
+        Part("workspace: gradients of activations", gradients + upstream),
+        Part("workspace: dequantized weight", weight, str(settings.dtype).removeprefix("torch.") if weight else ""),
     ]
 
 
@@ -344,17 +349,17 @@ def _loss(facts: Outline, settings: Settings) -> list[Part]:
     rows = chunk_rows(facts.vocabulary, settings.chunked_loss)
     count = min(settings.tokens, rows or settings.tokens)
     note = f"{count} of {settings.tokens} rows" if count < settings.tokens else ""
-    logits = Part("logits and their gradients", 12 * count * facts.vocabulary, note)
+    logits = Part(_LOGITS, 12 * count * facts.vocabulary, note)
     hidden = settings.tokens * facts.hidden
     chunked = 2 * hidden * settings.dtype.itemsize if rows else 0
-    return [logits, Part("last hidden states", 4 * hidden + chunked)]
+    return [logits, Part("activations: last hidden states", 4 * hidden + chunked)]
 
 
 def _step(facts: Outline, settings: Settings) -> Part:
     """torch's AdamW takes a square root of the second moment: of all parameters at once on CUDA, of one elsewhere."""
     counts = facts.adapter_counts(settings.rank)
     at_once = sum(counts) if settings.on_cuda and settings.optimizer == "adamw" else max(counts, default=0)
-    return Part("optimizer's temporaries", at_once * settings.adapter_dtype.itemsize)
+    return Part("workspace: optimizer's temporaries", at_once * settings.adapter_dtype.itemsize)
 
 
 def _sum(parts: Collection[Part]) -> int:

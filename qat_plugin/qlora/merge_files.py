@@ -24,10 +24,10 @@ from torch import Tensor
 
 from qat_plugin.errors import CheckpointError, ConfigError
 from qat_plugin.measure import Progress, progressing
+from qat_plugin.measure.host_memory import AnonymousMemory
 from qat_plugin.policy import PolicyLike, human_bytes
 from qat_plugin.qlora.adapter_file import AdapterFile, read_adapter
 from qat_plugin.qlora.fingerprint import tensor_sum
-from qat_plugin.qlora.host_memory import PeakHostMemory
 from qat_plugin.qlora.merge_targets import Target, find_targets, updated_weights
 from qat_plugin.qlora.nf4 import Backend
 from qat_plugin.qlora.nf4_rows import Nf4Rows
@@ -134,7 +134,7 @@ def merge_directory(
             "give the policy that it was trained with (scheme='nf4-dq')"
         )
     job.check_disk(target)
-    with PeakHostMemory() as memory, _appearing(target) as partial:
+    with AnonymousMemory() as memory, _appearing(target) as partial:
         job.write(partial, progress)
     return MergeRecord(
         base=str(source), adapter=str(file.folder), out=str(target), into=into,

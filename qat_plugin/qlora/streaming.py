@@ -20,13 +20,13 @@ from torch import nn
 
 from qat_plugin.errors import ConfigError
 from qat_plugin.measure import Progress, progressing
+from qat_plugin.measure.host_memory import AnonymousMemory, return_freed_memory
 from qat_plugin.policy import Plan, PolicyLike
 from qat_plugin.qlora.architecture import empty_model, not_streamable
 from qat_plugin.qlora.base import cast_layers, quantize_layers
 from qat_plugin.qlora.cached import Cache
 from qat_plugin.qlora.contents import Contents
 from qat_plugin.qlora.fingerprint import tensor_sum
-from qat_plugin.qlora.host_memory import PeakHostMemory, return_freed_memory
 from qat_plugin.qlora.nf4 import Backend, guard, is_nf4, state_tensors
 from qat_plugin.qlora.prepare import base_plan
 from qat_plugin.qlora.record import BaseRecord
@@ -94,7 +94,7 @@ def load_base(
     shell = Shell(model, plan, backend=backend, dtype=dtype, device=target)
     place = cache_directory() / "quantized" if cache is True else cache
     kept = Cache.of(source, plan, backend, dtype, place) if place and shell.nf4 else None
-    with PeakHostMemory() as memory:  # from here on: what was imported so far is no memory of this model
+    with AnonymousMemory() as memory:  # from here on: what was imported so far is no memory of this model
         sums, damage = kept.restore(shell) if kept else (None, "")
         cached = sums is not None
         if damage:

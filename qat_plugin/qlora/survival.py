@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qat_plugin.errors import ConfigError, QatError
 from qat_plugin.numerics import round_to_nearest
+from qat_plugin.policy import largest_divisor
 from qat_plugin.qlora.nf4 import Backend
 from qat_plugin.qlora.nf4_rows import Nf4Rows
 from qat_plugin.qlora.updates import Update
@@ -100,7 +101,7 @@ def survival_table(
         backend: for NF4.
 
     Returns:
-        One row per layer. A scheme whose groups do not divide a layer is not in its row.
+        One row per layer. Where a scheme's groups do not divide a layer, they are the largest that do.
 
     Raises:
         ConfigError: when a scheme is a float one.
@@ -123,9 +124,8 @@ def survival_table(
             cosines["nf4-exact"] = survival(start, nf4[1].to(dtype), nf4[2])
         for scheme in asked:
             before, after, true = nf4 if scheme.kind == "nf4" else (original, merged, delta)
-            if scheme.kind == "nf4" or weight.shape[1] % (scheme.group_size or 1) == 0:
-                stored = (_rounded(before, scheme, backend), _rounded(after, scheme, backend))
-                cosines[str(scheme)] = survival(*stored, true)
+            stored = (_rounded(before, scheme, backend), _rounded(after, scheme, backend))
+            cosines[str(scheme)] = survival(*stored, true)
         size = torch.linalg.vector_norm(delta) / torch.linalg.vector_norm(original)
         rows.append(Survival(name, float(size), cosines))
     return tuple(rows)
@@ -183,4 +183,6 @@ def _rounded(weight: Tensor, scheme: Scheme, backend: Backend) -> Tensor:
     """The float32 values of a weight stored in a scheme."""
     if scheme.kind == "nf4":
         return Nf4Rows(weight, scheme, backend).values()
+    if scheme.group_size is not None:  # as a policy does by default
+        scheme = scheme.with_group_size(largest_divisor(weight.shape[1], scheme.group_size))
     return round_to_nearest(weight, scheme).dequantize()

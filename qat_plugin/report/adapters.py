@@ -15,12 +15,11 @@ SURVIVES: Final = 0.9
 
 
 def verdict(report: Report) -> Iterator[str]:
-    """Sentences that the rows of fine-tuning support; none for a report without such rows."""
+    """Sentences that the rows of fine-tuning and the table of survival support; none for a report without them."""
     trained = _measured(report, QLORA) or _measured(report, QAT_LORA)
-    if trained is None:
-        return
-    yield from _gained(report, trained)
-    yield from _merging(report, trained)
+    if trained is not None:
+        yield from _gained(report, trained)
+        yield from _merging(report, trained)
     yield from _survival(report)
 
 

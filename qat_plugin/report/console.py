@@ -10,7 +10,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from qat_plugin.report.model import Report
-from qat_plugin.report.tables import Table, ladder, latencies, proof, sizes
+from qat_plugin.report.tables import Table, ladder, latencies, proof, sizes, survival
 
 PLAIN_WIDTH = 160
 """Columns assumed where the output is no terminal."""
@@ -19,7 +19,7 @@ _GAP = 3  # columns between two cells
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
-    """Print verdict, ladder, sizes, latency and proof; plan, SQNR and environment are left to the files.
+    """Print verdict, ladder, sizes, latency, proof and survival; plan, SQNR and environment are left to the files.
 
     Args:
         report: the results.
@@ -27,7 +27,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     """
     console = console or Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     console.print(Text(report.title, style="bold"))
-    for table in (ladder(report), sizes(report), latencies(report), proof(report)):
+    for table in (ladder(report), sizes(report), latencies(report), proof(report), survival(report)):
         if table.rows:
             for piece in _pieces(table, console.width):
                 console.print()

@@ -11,11 +11,21 @@ from qat_plugin.config.schema import Config
 from qat_plugin.policy import Plan, clean_name
 from qat_plugin.qlora.adapters import target_layers
 from qat_plugin.qlora.cards import Card, card_named, card_of_size, measured_host, present_card, roofline
+from qat_plugin.qlora.economies import Change
 from qat_plugin.qlora.forecast import CARD_GIB, Forecast, forecast
 from qat_plugin.runs.planning import adapter_options
 
 WILL_NOT_FIT: Final = 3
 """Exit code of a plan whose run would not fit."""
+
+_KEYS: Final = {
+    "gradient_checkpointing": "lora.gradient_checkpointing",
+    "offload": "lora.offload_activations",
+    "batch_size": "data.batch_size",
+    "sequence_length": "data.sequence_length",
+    "rank": "lora.rank",
+}
+"""Setting of a forecast -> key of a recipe; the optimizer's is its own."""
 
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -89,8 +99,16 @@ def _verdict(config: Config, predicted: Forecast) -> tuple[bool, str]:
     if predicted.fits(usable):
         return True, f"Yes: {total:.1f} GiB fit the {usable:g} GiB that torch has on a card of {asked:g} GB. {smallest}"
     change = predicted.cheapest_change(usable)
-    advice = f"The cheapest change that fits: {change}." if change else "No combination of options makes it fit."
+    advice = (
+        f"The cheapest change that fits: {_in_keys(change)}." if change else "No combination of options makes it fit."
+    )
     return False, f"No: {total:.1f} GiB do not fit the {usable:g} GiB of a card of {asked:g} GB. {advice} {smallest}"
+
+
+def _in_keys(change: Change) -> str:
+    """A change as a recipe's keys."""
+    keys = " ".join(f"{_KEYS.get(name, name)}={str(value).lower()}" for name, value in change.settings.items())
+    return f"{keys} ({'; '.join(change.costs)})"
 
 
 def _chosen(config: Config) -> Card:

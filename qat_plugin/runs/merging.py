@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from qat_plugin import qlora
 from qat_plugin import report as reporting
 from qat_plugin.config.launch import Job
+from qat_plugin.config.options import InstructionFiles, TextFiles
+from qat_plugin.config.schema import Config
 from qat_plugin.conversion import convert as convert_model
-from qat_plugin.conversion import save_converted
+from qat_plugin.conversion import proof_of, save_converted
 from qat_plugin.errors import ConfigError
+from qat_plugin.measure import model_bytes
+from qat_plugin.measure.host_memory import available_bytes
 from qat_plugin.policy import human_bytes
 from qat_plugin.qat import capture_inputs, prepare
+from qat_plugin.qat import is_prepared as is_fake_quantized
 from qat_plugin.qlora.merge import check_requantization, survival_table
 from qat_plugin.qlora.merge_files import updated_weights
-from qat_plugin.report import Report
+from qat_plugin.report import Report, Row
+from qat_plugin.runs.adapter_ladder import adapt
+from qat_plugin.runs.base_policy import trains_adapters
 from qat_plugin.runs.folder import ADAPTER, MERGED
 from qat_plugin.runs.journal import say
 from qat_plugin.runs.language_model import model_directory
+from qat_plugin.runs.subject import network_of
+from qat_plugin.runs.training import accelerator_of
 from qat_plugin.scheme import Scheme
 
 
@@ -53,9 +65,12 @@ def merge_run(job: Job) -> None:
         )
     record = qlora.merge_directory(base, adapter, out, into=config.merge.into)  # type: ignore[arg-type]
     say(f"merged {record.merged} layers into {out} ({human_bytes(record.bytes_written)}, {record.seconds:.0f} s)")
-    _print_survival(config.merge.compare, base, adapter)
-    if config.merge.scheme is not None:
-        _convert(job, out, out.with_name(f"{out.name}-{config.merge.scheme}"))
+    report = Report(f"Merging {adapter}", survival=_survival(config.merge.compare, base, adapter))
+    if config.merge.scheme is not None or _measurable(config, record.bytes_written):
+        report = replace(report, rows=tuple(_ladder(job, adapter, out, run)))
+    report = reporting.with_verdict(report)
+    reporting.print_report(report)
+    say(f"report: {reporting.write_report(report, out)[1]}")
 
 
 def _inside(run: Path | None, name: str) -> Path:
@@ -64,30 +79,58 @@ def _inside(run: Path | None, name: str) -> Path:
     return run / name
 
 
-def _print_survival(schemes: list[str], base: Path, adapter: Path) -> None:
+def _survival(schemes: list[str], base: Path, adapter: Path) -> tuple[dict[str, Any], ...]:
+    """What of the update each choice keeps, layer by layer."""
     trained_on = qlora.read_adapter(adapter).scheme or "nf4-dq"
     asked = [*schemes, *([trained_on] if Scheme.parse(trained_on).kind == "nf4" else [])]
     rows = survival_table(updated_weights(base, adapter), asked, base=trained_on, dtype=torch.bfloat16)
-    report = Report("Merging", survival=tuple(row.to_dict() for row in rows))
-    reporting.print_report(reporting.with_verdict(report))
+    return tuple(row.to_dict() for row in rows)
 
 
-def _convert(job: Job, merged: Path, place: Path) -> None:
-    """The merged model in an integer scheme, proven on real inputs, and its quality beside the merged one's."""
+def _measurable(config: Config, size: int) -> bool:
+    """Whether there is text to measure on, and memory for the merged model beside a copy of it."""
+    if config.merge.evaluate is not None:
+        return config.merge.evaluate
+    if isinstance(config.data, (TextFiles, InstructionFiles)) and not config.data.train:
+        say("perplexities are not measured: there is no text; give data.train=FILE data.valid=FILE")
+        return False
+    there = available_bytes(accelerator_of(config.trainer))
+    if there is not None and 2 * size > there:
+        say(
+            f"perplexities are not measured: the merged model takes {human_bytes(size)}, available are "
+            f"{human_bytes(there)}; merge.evaluate=true tries all the same"
+        )
+        return False
+    return True
+
+
+def _ladder(job: Job, adapter: Path, merged: Path, run: Path | None) -> Iterator[Row]:
+    """The adapter on its base, the merged model, and that in each scheme; the last one is converted and proven."""
     from qat_plugin.runs.jobs import subject_of
-    from qat_plugin.runs.subject import network_of
 
-    subject, scheme = subject_of(job), job.config.merge.scheme
-    assert subject.build_from is not None
-    assert scheme is not None
-    reference = network_of(subject.build_from(merged)).eval()
-    network = prepare(network_of(subject.build_from(merged)).eval(), scheme)
-    with capture_inputs(network) as inputs:
-        subject.evaluate(network, None, subject.training_batches(1))
-    convert_model(network, inputs=inputs)
-    save_converted(network, place)
-    rows = (
-        reporting.Row(reporting.MERGED, subject.evaluate(reference, None)),
-        reporting.Row(reporting.CONVERTED, subject.evaluate(network, reference)),
-    )
-    reporting.print_report(replace(Report(f"{scheme}: {place}"), rows=rows))
+    config, subject = job.config, subject_of(job)
+    build_from = subject.build_from
+    assert build_from is not None
+
+    def measured(name: str, network: nn.Module, note: str = "") -> Row:
+        say(f"measuring: {name}")
+        size = model_bytes(network) if not is_fake_quantized(network) else None
+        return Row(name, subject.evaluate(network, None), size, note=note)
+
+    if run is not None and trains_adapters(config):
+        network = adapt(config, subject.build_base())
+        if not is_fake_quantized(network):  # its merged model has the scales of training: that is in the run's report
+            qlora.load_adapter(network, adapter)
+            yield measured(reporting.QLORA, network.eval(), "the adapter on the base that it was trained on")
+    yield measured(reporting.MERGED, network_of(build_from(merged)).eval())
+    for scheme in config.merge.compare:
+        network = prepare(network_of(build_from(merged)).eval(), scheme)
+        yield measured(f"{reporting.MERGED}, {scheme}", network, "merged, then rounded to nearest")
+    if config.merge.scheme is not None:
+        place = merged.with_name(f"{merged.name}-{config.merge.scheme}")
+        network = prepare(network_of(build_from(merged)).eval(), config.merge.scheme)
+        with capture_inputs(network) as inputs:
+            subject.evaluate(network, None, subject.training_batches(1))
+        convert_model(network, inputs=inputs)
+        save_converted(network, place)
+        yield measured(reporting.CONVERTED, network, f"{config.merge.scheme}, in {place}; {proof_of(network)}")

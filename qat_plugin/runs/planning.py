@@ -34,8 +34,8 @@ def planned(job: Job) -> Plan:
     if config.lora.enabled != ("qlora" in config.task.stages) and config.task.stages:
         raise ConfigError(
             "adapters are trained by a run with the stage 'qlora': lora=default and task=qlora go together, and "
-            f"lora=none with the other stages; this recipe has lora.enabled={str(config.lora.enabled).lower()} and the stages "
-            f"{', '.join(config.task.stages)}"
+            f"lora=none with the other stages; this recipe has lora.enabled="
+            f"{str(config.lora.enabled).lower()} and the stages {', '.join(config.task.stages)}"
         )
     device = accelerator_of(config.trainer)
     check_choices(config)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 
 from qat_plugin.errors import QatError
-from qat_plugin.measure import memory
-from qat_plugin.measure.memory import AnonymousMemory, anonymous_bytes, cpu_allocations, cuda_allocations
+from qat_plugin.measure import host_memory
+from qat_plugin.measure.host_memory import AnonymousMemory, anonymous_bytes, available_bytes
+from qat_plugin.measure.memory import cpu_allocations, cuda_allocations
 
 MIB = 1 << 20
 
@@ -69,7 +71,7 @@ def test_measuring_inside_a_profile_is_refused() -> None:
 def test_anonymous_memory_sees_what_torch_does_not() -> None:
     with AnonymousMemory(interval=0.001) as found:
         block = bytearray(b"x" * (64 * MIB))
-        found._look()
+        found.sample()
         del block
     assert found.growth is not None
     assert 60 * MIB < found.growth < 200 * MIB
@@ -77,10 +79,17 @@ def test_anonymous_memory_sees_what_torch_does_not() -> None:
 
 
 def test_anonymous_memory_is_unknown_without_proc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
+    monkeypatch.setattr(host_memory, "_STATUS", tmp_path / "status")
     with AnonymousMemory() as found:
         pass
     assert (found.start, found.peak, found.growth) == (None, None, None)
+
+
+@pytest.mark.skipif(anonymous_bytes() is None, reason="the system has no /proc")
+def test_available_memory_is_less_than_there_is() -> None:
+    there = available_bytes()
+    assert there is not None
+    assert 0 < there < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_an_interval_of_zero_is_refused() -> None:

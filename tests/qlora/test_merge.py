@@ -269,11 +269,12 @@ def test_the_table_says_what_each_choice_keeps() -> None:
     (row,) = survival_table([("layer", weight, update)], ["w4a16-g32", "w8a16", "nf4-dq", "w4a16-g48"])
     merged, delta = weight + update.delta(), update.delta()
     assert row.size == pytest.approx(0.01, rel=1e-3)
-    assert list(row.cosines) == ["original", "nf4-exact", "w4a16-g32", "w8a16", "nf4-dq"]
+    assert list(row.cosines) == ["original", "nf4-exact", "w4a16-g32", "w8a16", "nf4-dq", "w4a16-g48"]
     assert row.cosines["original"] == pytest.approx(survival(weight, merged.bfloat16(), delta), abs=1e-6)
     scheme = Scheme.parse("w4a16-g32")
     stored = [round_to_nearest(tensor, scheme).dequantize() for tensor in (weight, merged)]
     assert row.cosines["w4a16-g32"] == pytest.approx(survival(*stored, delta), abs=1e-6)
+    assert row.cosines["w4a16-g48"] == row.cosines["w4a16-g32"], "48 does not divide: the largest divisor below it does"
     assert row.cosines["original"] > row.cosines["w8a16"] > row.cosines["w4a16-g32"]
     assert mean_cosines([row, row]) == pytest.approx(row.cosines)
 

@@ -153,14 +153,14 @@ def test_an_adapter_trained_inside_another_module(prefix: str, tmp_path: Path) -
 MEMORY = """
 import sys
 import torch, bitsandbytes, peft
-from qat_plugin.qlora.host_memory import PeakHostMemory
+from qat_plugin.measure.host_memory import AnonymousMemory
 from qat_plugin.qlora.merge import merge_directory
 torch.set_num_threads(1)
 root = sys.argv[1]
 for into in ("original", "nf4"):
     options = {"into": into, "scheme": "nf4-dq", "progress": False}
     merge_directory(root + "/tiny", root + "/tiny-adapter", f"{root}/warm-{into}", **options)
-    with PeakHostMemory() as memory:
+    with AnonymousMemory() as memory:
         record = merge_directory(root + "/base", root + "/adapter", f"{root}/out-{into}", **options)
     print(memory.growth, record.peak_host_bytes, record.largest_shard_bytes, record.shards, record.bytes_written)
 """

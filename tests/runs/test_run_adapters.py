@@ -1,0 +1,248 @@
+"""Runs that train adapters, by the command: the ladder, merging, plans that do not fit, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qat_plugin.models.causal_lm import load_causal_lm
+from qat_plugin.models.embedded import embedded_lm
+from qat_plugin.report import read_report
+from qat_plugin.runs.language_model import embedded_recipe
+from qat_plugin.runs.progress import TrainingProgress
+from tests.runs.test_run_recipes import QUICK, SMALL, small_model
+
+from .conftest import Qat
+
+pytest.importorskip("bitsandbytes")
+pytest.importorskip("peft")
+
+ADAPTER = Path("here", "adapter", "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _alone(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAT_PLUGIN_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A model's directory of our own, which a test may change."""
+    source = embedded_lm(recipe=embedded_recipe(SMALL), progress=False)
+    return Path(shutil.copytree(source, tmp_path / "base"))
+
+
+def tiny(recipe: str, *keys: str, base: Path | None = None) -> list[str]:
+    model = small_model() if base is None else [f"model.path={base}", *text()]
+    return [f"recipe={recipe}", "run.dir=here", *QUICK, *model, *keys]
+
+
+def text() -> list[str]:
+    for name in ("train.txt", "valid.txt"):
+        Path(name).write_text("def function(argument):\n    return argument + 1\n\n" * 200)
+    return ["data.train=train.txt", "data.valid=valid.txt"]
+
+
+def rows(folder: str = "here") -> dict[str, Any]:
+    return {row.name: row.metrics for row in read_report(Path(folder, "report.json")).rows}
+
+
+def refused(answer: Any, *said: str) -> None:
+    assert answer.code == 2, answer.err
+    for part in said:
+        assert part in answer.err
+    assert "Traceback" not in answer.err
+
+
+def test_qlora_from_a_directory_to_a_merged_and_converted_model(qat: Qat, base: Path) -> None:
+    done = qat(*tiny("qlora_tiny", "trainer.max_steps=20", base=base))
+    assert done.code == 0, done.err
+    found = rows()
+    assert list(found) == [
+        "float", "NF4 base", "QLoRA", "merged", "merged, into the original", "merged, w8a16", "merged, w4a16-g32",
+        "converted", "reloaded", "converted, bf16",
+    ]  # fmt: skip
+    assert found["QLoRA"].loss < found["NF4 base"].loss - 0.1
+    assert found["merged"].loss == pytest.approx(found["QLoRA"].loss, abs=1e-4), "exact: dequantized, then added"
+    assert found["converted"].loss == pytest.approx(found["merged, w4a16-g32"].loss, abs=1e-6)
+    assert found["reloaded"] == found["converted"]
+    report = read_report(Path("here", "report.json"))
+    assert {"w8a16", "w4a16-g32", "nf4-dq"} <= report.survival[0]["cosines"].keys()
+    kept = json.loads(Path("here", "run.json").read_text())
+    assert kept["base"]["fingerprint"]
+    assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json"} <= set(kept["artifacts"])
+    state = torch.load("here/checkpoints/qlora/last.ckpt", weights_only=True)["state_dict"]
+    assert state
+    assert all(".lora_" in name for name in state)
+
+
+def test_plain_peft_loads_the_runs_adapter_and_gives_its_loss(qat: Qat, base: Path) -> None:
+    from peft import PeftModel
+
+    assert qat(*tiny("qlora_tiny", "task.stages=[base,qlora]", "lora.init=gaussian", base=base)).code == 0
+    model, _ = load_causal_lm(base)
+    ids = torch.arange(20).unsqueeze(0)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        merged = PeftModel.from_pretrained(model, "here/adapter").merge_and_unload()
+        theirs = merged(input_ids=ids).logits
+    assert qat("task=merge", "run.dir=here", "merge.into=original", "merge.out=ours", "merge.compare=[]").code == 0
+    ours, _ = load_causal_lm(Path("ours"))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(input_ids=ids).logits, theirs, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(theirs, before, atol=1e-3)
+
+
+def test_qat_and_lora_convert_to_exactly_what_was_trained(qat: Qat) -> None:
+    assert qat(*tiny("qat_lora_tiny", "trainer.max_steps=6")).code == 0
+    found = rows()
+    assert found["QAT + LoRA"].loss < found["PTQ"].loss
+    assert found["merged"] == found["QAT + LoRA"], "to the bit"
+    assert found["converted"].loss == pytest.approx(found["QAT + LoRA"].loss, abs=1e-6)
+    assert found["reloaded"] == found["converted"]
+    assert {layer["weight_difference"] for layer in read_report(Path("here", "report.json")).proof} == {0.0}
+
+
+def test_distillation_from_the_float_base_is_one_key(qat: Qat) -> None:
+    assert qat(*tiny("qat_lora_tiny", "task.stages=[float,base,qlora]")).code == 0
+    plain = load_file(ADAPTER)
+    assert qat(*tiny("qat_lora_tiny", "task.stages=[float,base,qlora]", "distill.weight=1", "run.dir=taught")).code == 0
+    taught = load_file(Path("taught", "adapter", "adapter_model.safetensors"))
+    assert any(not torch.equal(plain[name], taught[name]) for name in plain)
+
+
+def test_a_run_interrupted_and_resumed_has_the_adapters_of_one_that_was_not(
+    qat: Qat, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = ("task.stages=[base,qlora]", "trainer.max_steps=5", "lora.dropout=0.1")
+    assert qat(*tiny("qlora_tiny", *keys, base=base), "run.dir=whole").code == 0
+    with monkeypatch.context() as patched:
+        _press_ctrl_c_after(2, patched)
+        stopped = qat(*tiny("qlora_tiny", *keys, base=base))
+    assert stopped.code == 130
+    resumed = qat("resume=here")
+    assert resumed.code == 0, resumed.err
+    whole, parts = load_file("whole/adapter/adapter_model.safetensors"), load_file(ADAPTER)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_a_base_that_changed_between_stop_and_resume_is_refused(
+    qat: Qat, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = ("task.stages=[base,qlora]", "trainer.max_steps=5")
+    with monkeypatch.context() as patched:
+        _press_ctrl_c_after(2, patched)
+        assert qat(*tiny("qlora_tiny", *keys, base=base)).code == 130
+    _change_a_weight(base)
+    refused(qat("resume=here"), "another base", "Load the base that they were trained on")
+
+
+def test_merging_takes_a_runs_adapter_into_its_base(qat: Qat, base: Path) -> None:
+    assert qat(*tiny("qlora_tiny", "task.stages=[base,qlora]", base=base)).code == 0
+    done = qat("task=merge", "run.dir=here", "merge.scheme=w8a8")
+    assert done.code == 0, done.err
+    assert Path("here", "merged-nf4", "model.safetensors").is_file()
+    assert Path("here", "merged-nf4-w8a8", "model.safetensors").is_file()
+    for said in ("QLoRA", "merged, w4a16-g32", "Survival of the update", "nf4-exact", "converted"):
+        assert said in done.out
+    found = rows("here/merged-nf4")
+    assert found["merged"].loss == pytest.approx(found["QLoRA"].loss, abs=1e-4)
+    again = qat("task=merge", "run.dir=here", "merge.into=original")
+    assert again.code == 0, again.err
+    assert Path("here", "merged-original").is_dir()
+    refused(qat("task=merge", "run.dir=here"), "merged-nf4")
+
+
+def test_merging_into_nf4_codes_is_refused_with_what_it_would_erase(qat: Qat, base: Path) -> None:
+    assert qat(*tiny("qlora_tiny", "task.stages=[base,qlora]", base=base)).code == 0
+    refused(qat("task=merge", "run.dir=here", "merge.scheme=nf4-dq"), "NF4", "cosine")
+    assert not Path("here", "merged-nf4").exists()
+
+
+def test_an_adapter_of_another_base_is_not_merged(qat: Qat, base: Path) -> None:
+    assert qat(*tiny("qlora_tiny", "task.stages=[base,qlora]", base=base)).code == 0
+    _change_a_weight(base)
+    refused(qat("task=merge", "run.dir=here"), "base")
+    assert not Path("here", "merged-nf4").exists()
+
+
+def test_a_truncated_shard_is_refused_before_training(qat: Qat, base: Path) -> None:
+    file = base / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 1000)
+    refused(qat(*tiny("qlora_tiny", base=base)), "model.safetensors")
+    assert not ADAPTER.exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (["lora.rank=0"], ["rank=0"]),
+        (["lora.targets=[q_porj]"], ["q_porj", "q_proj"]),
+        (["lora.backend=bnb"], ["backend"]),
+        (["lora.dropout=1.5"], ["dropout=1.5"]),
+        (["lora.init=pissa"], ["PiSSA"]),
+        (["policy=int4", "merge.scheme=null", "lora.dropout=0.1"], ["dropout"]),
+        (["policy=int4"], ["set merge.scheme=null"]),
+        (["lora=none"], ["lora=default and task=qlora"]),
+        (["merge.into=nf"], ["merge.into"]),
+        (["merge.scheme=null"], ["merge.scheme"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_mistakes_are_said_before_anything_is_trained(keys: list[str], said: list[str], qat: Qat) -> None:
+    refused(qat(*tiny("qlora_tiny", *keys)), *said)
+    assert not Path("here", "checkpoints").exists()
+
+
+def test_a_plan_that_will_not_fit_exits_with_three_and_says_what_to_change(qat: Qat) -> None:
+    no = qat("task=plan", "recipe=qlora_70b_one_gpu", "plan.gpu_gib=48")
+    assert no.code == 3
+    assert "No: " in no.out
+    assert "optimizer=adamw8bit" in no.out
+    assert qat("task=plan", "recipe=qlora_70b_one_gpu", "plan.gpu_gib=48", "optimizer=adamw8bit").code == 0
+    yes = qat("task=plan", "recipe=qlora_70b_48gb")
+    assert yes.code == 0
+    assert "Yes: " in yes.out
+    for row in ("NF4 linear layers", "output head", "adapters", "gradients", "optimizer states", "activations: ",
+                "logits", "workspace: ", "reserve", "total", "tokens/s"):  # fmt: skip
+        assert row in yes.out
+
+
+def test_a_change_that_is_proposed_is_spelled_as_keys_that_work(qat: Qat) -> None:
+    keys = ["task=plan", "recipe=qlora_70b_one_gpu", "plan.gpu_gib=48", "data.batch_size=2", "lora.rank=64"]
+    no = qat(*keys)
+    assert no.code == 3
+    change = no.out.split("The cheapest change that fits: ")[1].split(" (")[0]
+    assert qat(*keys, *change.split()).code == 0
+
+
+def _press_ctrl_c_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = TrainingProgress.on_train_batch_end
+
+    def press(self: TrainingProgress, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        shown(self, trainer, *args, **kwargs)
+        if trainer.global_step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(TrainingProgress, "on_train_batch_end", press)
+
+
+def _change_a_weight(base: Path) -> None:
+    weights = load_file(base / "model.safetensors")
+    name = next(name for name in weights if name.endswith("mlp.down_proj.weight"))
+    weights[name] = weights[name] * 1.5
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
