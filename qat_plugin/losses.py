@@ -83,8 +83,7 @@ def chunked_distillation(
 
     Args:
         hidden, head, transform: the student's, as for :func:`chunked_cross_entropy`.
-        teacher_hidden, teacher_head, teacher_transform: the teacher's, which gets no gradient; its transform is the
-            student's by default.
+        teacher_hidden, teacher_head, teacher_transform: the teacher's, which gets no gradient.
         labels: only tells which positions are scored.
         temperature: softens both distributions.
         chunk, ignore_index, num_items: as for :func:`chunked_cross_entropy`.
@@ -96,11 +95,10 @@ def chunked_distillation(
     theirs, _ = _rows(teacher_hidden.detach(), labels)
     weights = (flat != ignore_index).to(torch.float32)
     count = _divisor(flat != ignore_index, num_items)
-    their_transform = transform if teacher_transform is None else teacher_transform
 
     def loss_of(part: Tensor, where: slice) -> Tensor:
         with torch.no_grad():
-            target = F.log_softmax(_logits(teacher_head, theirs[where], their_transform) / temperature, dim=-1)
+            target = F.log_softmax(_logits(teacher_head, theirs[where], teacher_transform) / temperature, dim=-1)
         ours = F.log_softmax(_logits(head, part, transform) / temperature, dim=-1)
         if ours.shape != target.shape:
             raise DataError(f"the teacher has {target.shape[-1]} classes, the student {ours.shape[-1]}")

@@ -76,7 +76,7 @@ class Objective:
             theirs = taught.hidden(batch)
         divergence = chunked_distillation(
             hidden, parts.head, theirs, taught.head, labels,
-            temperature=self.distillation.temperature, transform=parts.transform,
+            temperature=self.distillation.temperature, transform=parts.transform, teacher_transform=taught.transform,
         )  # fmt: skip
         if weight == 1:
             return divergence

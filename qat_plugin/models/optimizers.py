@@ -34,7 +34,7 @@ def adamw(
         lr, betas, eps, weight_decay: as torch's.
         bits: of the two moments. 8: bitsandbytes' paged AdamW where parameters are on CUDA (states move to host memory
             when the card is short of it), torchao's elsewhere, which compiles its step for each shape: the first step
-            takes seconds. Parameters of fewer than 4096 numbers keep 32 bits.
+            takes seconds. Small parameters keep more bits, see :func:`expected_state_bytes`.
 
     Raises:
         ConfigError: for other bits, or 8 on a machine without what it needs.
@@ -71,7 +71,11 @@ def allow_states_in_checkpoints() -> None:
 
 
 def expected_state_bytes(parameters: Iterable[nn.Parameter], bits: int = 32) -> int:
-    """Bytes of the two moments of parameters that require gradients, and of 8-bit blocks' scales and tables."""
+    """Bytes of the two moments of parameters that require gradients, and of 8-bit blocks' scales and tables.
+
+    Of 8 bits are those of parameters with at least 4096 numbers in whole blocks of 256. The others are as with 32 bits,
+    on CUDA in float32 always (bitsandbytes), elsewhere in the parameter's type (torchao).
+    """
     total = 0
     for parameter in parameters:
         if not parameter.requires_grad:
@@ -80,5 +84,5 @@ def expected_state_bytes(parameters: Iterable[nn.Parameter], bits: int = 32) -> 
         if bits == 8 and count >= _SMALLEST and count % _BLOCK == 0:
             total += 2 * (count + 4 * (count // _BLOCK) + 4 * 256)
         else:
-            total += 2 * count * (parameter.element_size() if bits == 32 else 4)
+            total += 2 * count * (4 if bits == 8 and parameter.is_cuda else parameter.element_size())
     return total

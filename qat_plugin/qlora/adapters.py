@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -44,7 +45,7 @@ class AdapterOptions:
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise ConfigError(f"rank={self.rank!r} is not allowed: it is a whole number, at least 1 (8 to 64 is usual)")
-        if not self.alpha > 0:
+        if not 0 < self.alpha < math.inf:
             raise ConfigError(
                 f"alpha={self.alpha} is not allowed: it must be above 0 (the update is scaled by alpha / rank)"
             )
@@ -84,6 +85,8 @@ def target_layers(model: nn.Module, targets: str | Sequence[str]) -> list[Candid
     linears = [c for c in found if c.kind in ("linear", "conv1d")]
     if not linears:
         raise ConfigError(f"{type(model).__name__} has no linear layer that could carry an adapter")
+    if linears[0].module is model:
+        raise ConfigError(f"the model is a single {type(model).__name__}: wrap it, as in nn.Sequential(layer)")
     if targets == ALL_LINEAR:
         chosen = [c for c in linears if "head" not in c.roles]
         return chosen or linears

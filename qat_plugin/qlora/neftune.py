@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -25,20 +26,24 @@ def add_noise(model: nn.Module, alpha: float) -> RemovableHandle:
     Raises:
         ConfigError: when alpha is not above 0 or there is no embedding.
     """
-    if not alpha > 0:
+    return noisy_embedding(model, alpha).register_forward_hook(functools.partial(_noisy, alpha))
+
+
+def noisy_embedding(model: nn.Module, alpha: float) -> nn.Module:
+    """The embedding that :func:`add_noise` takes.
+
+    Raises:
+        ConfigError: as there.
+    """
+    if not 0 < alpha < math.inf:
         raise ConfigError(f"neftune_alpha={alpha} is not allowed: it must be above 0; 5 is usual")
-    embedding = _input_embedding(model)
-    if embedding is None:
-        raise ConfigError(f"neftune_alpha: {type(model).__name__} has no embedding to add noise to")
-    return embedding.register_forward_hook(functools.partial(_noisy, alpha))
-
-
-def _input_embedding(model: nn.Module) -> nn.Module | None:
     getter: Any = getattr(model, "get_input_embeddings", None)
     found = getter() if callable(getter) else None
-    if isinstance(found, nn.Module):
-        return found
-    return next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
+    if not isinstance(found, nn.Module):
+        found = next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
+    if found is None:
+        raise ConfigError(f"neftune_alpha: {type(model).__name__} has no embedding to add noise to")
+    return found
 
 
 def _noisy(alpha: float, module: nn.Module, args: Any, output: Tensor) -> Tensor:

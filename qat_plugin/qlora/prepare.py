@@ -25,6 +25,7 @@ from qat_plugin.qat import prepare as fake_quantize
 from qat_plugin.qlora.adapters import ALL_LINEAR, AdapterOptions, check_init, inject, lora_config, target_layers
 from qat_plugin.qlora.base import cast_layers, existing_scheme, nf4_plan, quantize_layers
 from qat_plugin.qlora.layers import lora_layers
+from qat_plugin.qlora.neftune import add_noise, noisy_embedding
 from qat_plugin.qlora.nf4 import Backend, guard, is_nf4
 
 
@@ -118,11 +119,15 @@ def prepare(
     )
     if backend not in ("bitsandbytes", "torchao"):
         raise ConfigError(f"backend={backend!r} is not one of bitsandbytes, torchao")
+    if not adapter_dtype.is_floating_point:
+        raise ConfigError(f"adapter_dtype={adapter_dtype} is no float type: torch.float32 is usual")
+    if neftune_alpha is not None:
+        noisy_embedding(model, neftune_alpha)
     _check_fresh(model)
     plan = base_plan(model, base)
     chosen = target_layers(model, options.targets)
     _check_combination(plan, chosen, options)
-    also = _matching(model, train_also)
+    also = _matching(model, plan, train_also)
     quantize_layers(model, plan, backend=backend, compute_dtype=compute_dtype, device=device)
     guard(model)
     integer = _integer_part(plan)
@@ -138,8 +143,6 @@ def prepare(
             if name.endswith(".fake_quantizer.scale"):
                 parameter.requires_grad_(True)
     if neftune_alpha is not None:
-        from qat_plugin.qlora.neftune import add_noise
-
         add_noise(model, neftune_alpha)
     checkpointed = gradient_checkpointing and checkpoint_blocks(model)
     model.train()
@@ -174,7 +177,7 @@ def summary(model: nn.Module) -> str:
     adapters = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     # a quantized weight counts by the layer's shape; adapters are not in the plan
     rest = sum(p.numel() for p in _unplanned(model, record.plan))
-    total = sum(_size(layer.shape) for layer in record.plan if layer.tied_to is None) + rest
+    total = sum(_size(layer.shape) for layer in record.plan if layer.tied_to is None) + rest + _adapter_count(model)
     schemes = record.plan.summary().split(";")[0]
     return (
         f"{schemes}, {len(record.plan.kept)} kept; training {count:,} of {total:,} parameters "
@@ -249,19 +252,25 @@ def _check_combination(plan: Plan, chosen: Sequence[Candidate], options: Adapter
         raise ConfigError(f"dora=True does not go with a fake-quantized base ({folded[0]}): use plain LoRA there")
 
 
-def _matching(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
+def _matching(model: nn.Module, plan: Plan, patterns: Sequence[str]) -> list[nn.Module]:
     """Modules that train in full.
 
     Raises:
-        ConfigError: when a pattern matches no module.
+        ConfigError: when a pattern matches no module, or one that becomes NF4.
     """
+    frozen = {layer.name for layer in plan if layer.scheme is not None and layer.scheme.kind == "nf4"}
     found = []
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         rule = Rule(check_pattern(pattern), None)
-        matched = [c.module for c in candidates(model) if rule.matches(c)]
+        matched = [c for c in candidates(model) if rule.matches(c)]
         if not matched:
             raise ConfigError(f"train_also: {pattern!r} matches no layer of {type(model).__name__}")
-        found += matched
+        if lost := [c.name for c in matched if c.name in frozen]:
+            raise ConfigError(
+                f"train_also: {pattern!r} matches {lost[0]}, which becomes NF4 and cannot train: keep it in float by a "
+                f"policy, such as Policy('nf4-dq', keep=[{pattern!r}])"
+            )
+        found += [c.module for c in matched]
     return found
 
 
@@ -291,6 +300,10 @@ def _unplanned(model: nn.Module, plan: Plan) -> list[nn.Parameter]:
         for name, parameter in model.named_parameters()
         if id(parameter) not in weights and ".lora_" not in name and ".fake_quantizer." not in name
     ]
+
+
+def _adapter_count(model: nn.Module) -> int:
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if ".lora_" in name)
 
 
 def _size(shape: tuple[int, ...]) -> int:

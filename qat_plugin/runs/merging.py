@@ -66,8 +66,9 @@ def merge_run(job: Job) -> None:
     record = qlora.merge_directory(base, adapter, out, into=config.merge.into)  # type: ignore[arg-type]
     say(f"merged {record.merged} layers into {out} ({human_bytes(record.bytes_written)}, {record.seconds:.0f} s)")
     report = Report(f"Merging {adapter}", survival=_survival(config.merge.compare, base, adapter))
-    if config.merge.scheme is not None or _measurable(config, record.bytes_written):
-        report = replace(report, rows=tuple(_ladder(job, adapter, out, run)))
+    every = _measurable(config, record.bytes_written)
+    if config.merge.scheme is not None or every:
+        report = replace(report, rows=tuple(_ladder(job, adapter, out, run, every=every)))
     report = reporting.with_verdict(report)
     reporting.print_report(report)
     say(f"report: {reporting.write_report(report, out)[1]}")
@@ -104,8 +105,8 @@ def _measurable(config: Config, size: int) -> bool:
     return True
 
 
-def _ladder(job: Job, adapter: Path, merged: Path, run: Path | None) -> Iterator[Row]:
-    """The adapter on its base, the merged model, and that in each scheme; the last one is converted and proven."""
+def _ladder(job: Job, adapter: Path, merged: Path, run: Path | None, *, every: bool) -> Iterator[Row]:
+    """With ``every``, the adapter on its base, the merged model, and that in each scheme; then the converted one."""
     from qat_plugin.runs.jobs import subject_of
 
     config, subject = job.config, subject_of(job)
@@ -117,13 +118,14 @@ def _ladder(job: Job, adapter: Path, merged: Path, run: Path | None) -> Iterator
         size = model_bytes(network) if not is_fake_quantized(network) else None
         return Row(name, subject.evaluate(network, None), size, note=note)
 
-    if run is not None and trains_adapters(config):
+    if every and run is not None and trains_adapters(config):
         network = adapt(config, subject.build_base())
         if not is_fake_quantized(network):  # its merged model has the scales of training: that is in the run's report
             qlora.load_adapter(network, adapter)
             yield measured(reporting.QLORA, network.eval(), "the adapter on the base that it was trained on")
-    yield measured(reporting.MERGED, network_of(build_from(merged)).eval())
-    for scheme in config.merge.compare:
+    if every:
+        yield measured(reporting.MERGED, network_of(build_from(merged)).eval())
+    for scheme in config.merge.compare if every else ():
         network = prepare(network_of(build_from(merged)).eval(), scheme)
         yield measured(f"{reporting.MERGED}, {scheme}", network, "merged, then rounded to nearest")
     if config.merge.scheme is not None:

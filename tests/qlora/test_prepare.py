@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
-peft = pytest.importorskip("peft")
 
 import qat_plugin
 from qat_plugin.errors import ConfigError, PrepareError
@@ -26,6 +26,10 @@ from tests.qlora.tiny_models import FAMILIES, logits
 IDS = torch.arange(24).reshape(2, 12) * 7 % 64
 BASES = ["nf4-dq", None, "w4a16-g32"]
 SMALL = {"rank": 4, "alpha": 8}
+KINDS: dict[str, Any] = {
+    "lora": ({}, {}), "rslora": ({"rslora": True}, {"use_rslora": True}), "dora": ({"dora": True}, {"use_dora": True}),
+    "dropout": ({"dropout": 0.3}, {"lora_dropout": 0.3}),
+}  # fmt: skip
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
@@ -36,10 +40,6 @@ def gradients(model: Any) -> dict[str, Tensor]:
     found = {n.removeprefix("base_model.model."): p.grad for n, p in model.named_parameters() if p.requires_grad}
     assert all(gradient is not None for gradient in found.values())
     return found
-
-
-def names(model: nn.Module) -> set[str]:
-    return set(lora_layers(model))
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -56,18 +56,10 @@ def test_every_adapter_has_the_same_gradient_after_an_evaluation(base: str | Non
     assert all(bool(after[name].any()) and torch.equal(after[name], before[name]) for name in after)
 
 
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [
-        ({}, {}),
-        ({"rslora": True}, {"use_rslora": True}),
-        ({"dora": True}, {"use_dora": True}),
-        ({"dropout": 0.3}, {"lora_dropout": 0.3}),
-    ],
-    ids=["lora", "rslora", "dora", "dropout"],
-)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["llama-biased", "gpt2"])
-def test_logits_and_gradients_are_those_of_peft(family: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+def test_logits_and_gradients_are_those_of_peft(family: str, kind: str) -> None:
+    ours, theirs = KINDS[kind]
     float_model = FAMILIES[family]()
     targets = ["c_attn", "c_fc"] if family == "gpt2" else ["q_proj", "down_proj"]
     reference = with_peft(copy.deepcopy(float_model), target_modules=targets, **theirs)
@@ -98,10 +90,10 @@ def test_logits_and_gradients_are_those_of_peft(family: str, ours: dict[str, Any
 def test_targets_choose_layers_by_name_glob_expression_and_role(targets: Any, expected: str) -> None:
     model = llama()
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    assert names(prepare(model, targets=targets, **SMALL)) == {n for n in linears if re.search(expected, n)}
+    assert set(lora_layers(prepare(model, targets=targets, **SMALL))) == {n for n in linears if re.search(expected, n)}
 
 
-def test_gaussian_adapters_start_at_zero_update_with_peers_spread() -> None:
+def test_gaussian_adapters_start_at_zero_update_with_the_spread_of_one_over_rank() -> None:
     for layer in lora_layers(prepare(llama(), rank=8, init="gaussian")).values():
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         assert not b.any()
@@ -109,16 +101,9 @@ def test_gaussian_adapters_start_at_zero_update_with_peers_spread() -> None:
         assert a.abs().max() > 2 / a.shape[1] ** 0.5  # the usual start is uniform within 1 / sqrt(in)
 
 
-@pytest.mark.parametrize("base", BASES)
-def test_a_fresh_adapter_changes_nothing_that_the_base_computes(base: str | None) -> None:
-    model = prepare(llama(), base, **SMALL).eval()
-    expected = logits(merge(copy.deepcopy(model)))
-    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
-
-
 def test_only_what_the_policy_names_becomes_nf4() -> None:
     model = llama().bfloat16()
-    before = {name: parameter for name, parameter in model.named_parameters()}
+    before = dict(model.named_parameters())
     prepare(model, {"ffn": "nf4", "*": "keep"}, targets="attention", **SMALL)
     assert {n for n, m in model.named_modules() if is_nf4(m)} == {
         f"model.layers.{i}.mlp.{kind}_proj" for i in range(2) for kind in ("gate", "up", "down")
@@ -126,15 +111,6 @@ def test_only_what_the_policy_names_becomes_nf4() -> None:
     for kept in ("model.embed_tokens", "lm_head", "model.norm", "model.layers.0.self_attn.q_proj.base_layer"):
         weight = model.get_submodule(kept).weight
         assert weight is before[f"{kept.removesuffix('.base_layer')}.weight"] and weight.dtype == torch.bfloat16
-
-
-def test_a_bfloat16_base_computes_in_bfloat16_and_trains_float32_adapters() -> None:
-    model = prepare(llama().bfloat16(), **SMALL)
-    out = model(input_ids=IDS, labels=IDS)
-    out.loss.backward()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert out.logits.dtype == torch.bfloat16
-    assert {p.dtype for p in trained} | {p.grad.dtype for p in trained} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -155,13 +131,6 @@ def test_a_part_trains_in_full_beside_the_adapters() -> None:
     assert bool(gradients(model)["lm_head.weight"].any())
 
 
-def test_noise_on_the_embedding_is_added_when_asked_for() -> None:
-    model = prepare(llama(), neftune_alpha=5, **SMALL)
-    assert not torch.equal(logits(model), logits(model))
-    model.eval()
-    assert torch.equal(logits(model), logits(model))
-
-
 # ---- QAT + LoRA
 
 
@@ -172,13 +141,15 @@ def test_a_folded_layer_computes_with_the_rounded_sum_of_weight_and_update(schem
     learned(prepare(model, {"0": scheme}, targets="0", **SMALL))
     (layer,) = lora_layers(model).values()
     update = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-    rounded = torch.from_numpy(grid(weight + update * 2.0, scheme).weight)
+    total = weight + update * 2.0
+    expected = grid(total, scheme)
+    rounded, half = torch.from_numpy(expected.weight), 0.5001 * torch.from_numpy(expected.scale).abs()
     x = torch.randn(5, 64, requires_grad=True)
-    out = model(x)
+    out, upstream = model(x), torch.randn(5, 48)
     torch.testing.assert_close(out.double(), F.linear(x.double(), rounded, bias.double()), rtol=1e-5, atol=1e-5)
-    upstream = torch.randn_like(out)
     out.backward(upstream)
-    straight = 2.0 * layer.lora_B["default"].weight.t() @ (upstream.t() @ x)  # rounding passes gradients through
+    passed = (rounded - total).abs() <= half  # rounding passes gradients through, clipping does not
+    straight = 2.0 * layer.lora_B["default"].weight.t() @ (upstream.t() @ x * passed)
     torch.testing.assert_close(layer.lora_A["default"].weight.grad, straight, rtol=1e-4, atol=1e-5)
 
 
@@ -230,11 +201,11 @@ def test_a_state_dict_goes_into_another_model_of_the_kind(base: str | None) -> N
 
 def test_the_summary_counts_what_trains() -> None:
     model = prepare(llama(), **SMALL)
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    line = summary(model)
+    count, line = sum(p.numel() for p in model.parameters() if p.requires_grad), summary(model)
     assert f"training {count:,} of " in line
     assert "14 x nf4-dq" in line and "2 kept" in line and "\n" not in line
-    assert f"({100 * count / sum(p.numel() for p in llama().parameters()):.2f}%)" in line
+    everything = count + sum(p.numel() for p in llama().parameters())
+    assert f"of {everything:,} parameters ({100 * count / everything:.2f}%)" in line
 
 
 # ---- refusals
@@ -255,6 +226,10 @@ def test_the_summary_counts_what_trains() -> None:
         ({"base": "w8a8", "dora": True}, r"dora=True does not go with a fake-quantized base .*layers\.0"),
         ({"base": "nf4", "init": "pissa"}, "init='pissa' does not go with a quantized base: PiSSA"),
         ({"train_also": ["score"]}, "train_also: 'score' matches no layer of LlamaForCausalLM"),
+        ({"train_also": ["q_proj"]}, r"'q_proj' matches model\.layers\.0.*, which becomes NF4 and cannot train"),
+        ({"alpha": float("inf")}, "alpha=inf is not allowed"),
+        ({"neftune_alpha": -1}, "neftune_alpha=-1 is not allowed"),
+        ({"adapter_dtype": torch.int8}, "adapter_dtype=torch.int8 is no float type"),
     ],
 )
 def test_a_wrong_option_is_refused_and_the_model_is_as_before(options: dict[str, Any], message: str) -> None:
@@ -271,6 +246,8 @@ def test_a_model_that_cannot_be_prepared_is_refused() -> None:
         prepare(prepare(llama()))
     with pytest.raises(PrepareError, match="0: it is already quantized"):
         prepare(qat_plugin.convert(nn.Sequential(nn.Linear(64, 64)), "w8a8"))
+    with pytest.raises(ConfigError, match="a single Linear: wrap it, as in nn.Sequential"):
+        prepare(nn.Linear(64, 64), None)
     with torch.device("meta"):
         empty = nn.Sequential(nn.Linear(64, 64))
     with pytest.raises(PrepareError, match="Sequential is on the meta device"):
