@@ -175,9 +175,9 @@ def report(contenders: list[Contender], options: argparse.Namespace) -> None:
     print(f"{'':12}{'s/step':>8}{'tokens/s':>10}{'model MiB':>11}{'peak MiB':>10}  last loss")
     for one in contenders:
         middle = statistics.median(one.seconds)
+        peak = f"{one.peak / MIB:.1f}" if one.peak else "-"
         print(
-            f"{one.name:12}{middle:8.3f}{tokens / middle:10.1f}{one.there / MIB:11.1f}{one.peak / MIB:10.1f}  "
-            f"{one.losses[-1]:.4f}"
+            f"{one.name:12}{middle:8.3f}{tokens / middle:10.1f}{one.there / MIB:11.1f}{peak:>10}  {one.losses[-1]:.4f}"
         )
     found = {one.name: one for one in contenders}
     ratios = {}
