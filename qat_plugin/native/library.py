@@ -1,0 +1,110 @@
+"""Finding, building and loading the operators."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+SOURCES: Final = Path(__file__).parent / "src"
+SWITCH: Final = "QAT_PLUGIN_NATIVE"
+_LOCK = threading.Lock()
+_disabled = False
+
+
+@dataclass(frozen=True)
+class Native:
+    """What became of the native operators on this machine.
+
+    Attributes:
+        instruction_set: ``"avx512-vnni-bf16"``, ``"avx512-vnni"`` or ``"portable"``; ``None`` without operators.
+        reason: why there are none, or "".
+        path: the library, or ``None``.
+        seconds: that building took; 0 when it was cached.
+    """
+
+    instruction_set: str | None
+    reason: str = ""
+    path: Path | None = None
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        if self.instruction_set is None:
+            return f"no native operators: {self.reason}"
+        built = f", built in {self.seconds:.0f} s" if self.seconds else ""
+        return f"native operators ({self.instruction_set}{built})"
+
+
+def available() -> bool:
+    """Whether ``torch.ops.qat_plugin_native`` runs here; builds it the first time it is asked."""
+    return not _disabled and native().instruction_set is not None
+
+
+@contextlib.contextmanager
+def native_disabled() -> Iterator[None]:
+    """Inside, everything runs in plain PyTorch: to compare, or to rule the native operators out."""
+    global _disabled
+    before, _disabled = _disabled, True
+    try:
+        yield
+    finally:
+        _disabled = before
+
+
+@cache
+def native() -> Native:
+    """Build or load the operators, once a process.
+
+    Environment: ``QAT_PLUGIN_NATIVE=0`` leaves them out; ``QAT_PLUGIN_CACHE`` names the folder of built libraries (by
+    default the user's cache folder); ``CXX`` names the compiler.
+    """
+    import torch
+
+    if os.environ.get(SWITCH, "1").lower() in ("0", "false", "off", "no"):
+        return Native(None, f"{SWITCH}={os.environ[SWITCH]}")
+    from qat_plugin.native.build import BuildError, build, compiler
+
+    with _LOCK:
+        try:
+            path = cache_folder() / f"qat_plugin_{_fingerprint(compiler())}.so"
+            began = time.monotonic()
+            built = not path.exists()
+            if built:
+                build(SOURCES, path)
+            torch.ops.load_library(str(path))
+        except (BuildError, OSError) as error:
+            return Native(None, str(error))
+    from qat_plugin.native import meta  # noqa: F401  (registers what torch.compile must know)
+
+    seconds = time.monotonic() - began if built else 0.0
+    return Native(str(torch.ops.qat_plugin_native.instruction_set()), "", path, seconds)
+
+
+def cache_folder() -> Path:
+    """Where built libraries lie."""
+    if folder := os.environ.get("QAT_PLUGIN_CACHE"):
+        return Path(folder)
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("qat_plugin")) / "native"
+
+
+def _fingerprint(compiler: str) -> str:
+    """Of all that decides what the library is."""
+    import platform
+
+    import torch
+
+    digest = hashlib.sha256()
+    for source in sorted([*SOURCES.iterdir(), Path(__file__).parent / "build.py"]):
+        digest.update(source.name.encode() + source.read_bytes())
+    for part in (torch.__version__, torch.__file__, platform.machine(), compiler):
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()[:16]

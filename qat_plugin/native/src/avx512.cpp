@@ -1,0 +1,479 @@
+// linear.h on AVX512-VNNI; built a second time with AVX512-BF16 for its float products.
+//
+// A tile is up to 6 rows by 64 channels of accumulators. With groups, each group's sum is scaled into a second set of
+// accumulators, so that a tile has 3 rows. 4-bit weights are taken apart in registers for each tile: that beats taking
+// them apart once into a panel at every number of rows (measured on Zen 4, 1 to 128 rows). 8-bit weights become numbers
+// in a panel, unless there are few rows.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "linear.h"
+#include "numbers.h"
+
+namespace qat {
+namespace {
+
+#define UNROLL _Pragma("GCC unroll 8")
+constexpr int64_t kPanel = 512;  // inputs of a panel, unless a group is longer
+
+inline __m512 widen(__m256i bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16)); }
+inline __m512 load_scale(const uint16_t* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+
+inline __m256i narrow(__m512 v) {
+#ifdef __AVX512BF16__
+  return (__m256i)_mm512_cvtneps_pbh(v);
+#else
+  const __m512i b = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(0x7fff)), odd), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
+#endif
+}
+
+inline __m512 load_floats(const void* x, Float type, int64_t at, __mmask16 mask) {
+  if (type == Float::f32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(x) + at);
+  const __m256i v = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(x) + at);
+  return type == Float::bf16 ? widen(v) : _mm512_cvtph_ps(v);
+}
+
+inline void store_floats(void* y, Float type, int64_t at, __mmask16 mask, __m512 v) {
+  if (type == Float::f32) {
+    _mm512_mask_storeu_ps(static_cast<float*>(y) + at, mask, v);
+    return;
+  }
+  const __m256i half = type == Float::bf16 ? narrow(v) : _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+  _mm256_mask_storeu_epi16(static_cast<uint16_t*>(y) + at, mask, half);
+}
+
+inline __mmask16 first(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
+
+// Products are written as instructions: GCC copies the accumulators of the intrinsics from register to register.
+
+// Sum of four products of unsigned by signed bytes, added to 32-bit integers.
+inline __m512i dot(__m512i sum, __m512i unsigned_bytes, __m512i signed_bytes) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
+  return sum;
+}
+
+// Sum of pairs of bf16 products, in float32.
+inline __m512 dot(__m512 sum, __m512i a, __m512i b) {
+#ifdef __AVX512BF16__
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+#else
+  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(a, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)), sum);
+  return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(a, high)), _mm512_castsi512_ps(_mm512_and_si512(b, high)), sum);
+#endif
+}
+
+inline __m512i broadcast4(const void* p) {
+  int32_t v;
+  std::memcpy(&v, p, 4);
+  return _mm512_set1_epi32(v);
+}
+inline __m512i load(const void* p) { return _mm512_loadu_si512(p); }
+
+// bf16 of -8..7, twice: VPERMW reads five bits of an index, the fifth is another integer's.
+inline __m512i nibble_table() {
+  alignas(64) uint16_t t[32];
+  for (int i = 0; i < 32; ++i) t[i] = to_bf16(static_cast<float>(i % 16 - 8));
+  return _mm512_load_si512(t);
+}
+
+// ---------------------------------------------------------------------------------------------------- activations
+
+void quantize_rows(const void* x, Float type, const float* fixed, const Weight& w, const QuantizedRows& out,
+                   int64_t begin, int64_t end) {
+  const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+  for (int64_t m = begin; m < end; ++m) {
+    __m512 greatest = _mm512_setzero_ps();
+    __mmask16 nan = 0;
+    for (int64_t i = 0; i < w.k; i += 16) {
+      const __m512 v = _mm512_abs_ps(load_floats(x, type, m * w.k + i, first(w.k - i)));
+      nan |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+      greatest = _mm512_max_ps(greatest, v);
+    }
+    float scale = fixed ? *fixed : _mm512_reduce_max_ps(greatest) / 127.0f;
+    if (scale == 0) scale = 1;
+    const __m512 divisor = _mm512_set1_ps(scale);
+    int8_t* q = out.q + m * w.padded_k;
+    for (int64_t i = 0; i < w.padded_k; i += 16) {
+      // clamped before rounding: the same integers, and no overflow where a fixed scale clips
+      __m512 v = _mm512_div_ps(load_floats(x, type, m * w.k + i, first(w.k - i)), divisor);
+      v = _mm512_max_ps(_mm512_min_ps(v, _mm512_set1_ps(127)), _mm512_set1_ps(-127));
+      __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v));
+      if (w.bits == 4) bytes = _mm_shuffle_epi8(bytes, order);
+      _mm_mask_storeu_epi8(q + i, first(w.padded_k - i), bytes);
+    }
+    out.scale[m] = nan || scale > 3.4028235e38f ? __builtin_nanf("") : scale;
+    const int64_t size = w.padded_k / w.groups;
+    for (int64_t g = 0; g < w.groups; ++g) {
+      __m512i sum = _mm512_setzero_si512();
+      for (int64_t i = 0; i < size; i += 64) {
+        const __mmask64 mask = size - i >= 64 ? ~0ull : (1ull << (size - i)) - 1;
+        sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), _mm512_maskz_loadu_epi8(mask, q + g * size + i));
+      }
+      out.start[m * w.groups + g] = -w.zero * _mm512_reduce_add_epi32(sum);
+    }
+  }
+}
+
+void split_rows(const void* x, Float type, const Weight& w, const Planes& out, int64_t m, int64_t begin, int64_t end) {
+  const __m512 infinity = _mm512_set1_ps(__builtin_inff());
+  for (int64_t row = begin; row < end; ++row)
+    for (int64_t i = 0; i < w.padded_k; i += 16) {
+      __m512 rest = load_floats(x, type, row * w.k + i, first(w.k - i));
+      for (int32_t p = 0; p < out.planes; ++p) {
+        const __m256i part = narrow(rest);
+        _mm256_mask_storeu_epi16(out.rows + (p * m + row) * w.padded_k + i, first(w.padded_k - i), part);
+        const __m512 held = widen(part);
+        const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(held), infinity, _CMP_LT_OQ);
+        rest = _mm512_maskz_sub_ps(finite, rest, held);
+      }
+    }
+}
+
+void widen_rows(const void* x, Float type, const Weight& w, float* out, int64_t begin, int64_t end) {
+  for (int64_t m = begin; m < end; ++m)
+    for (int64_t i = 0; i < w.padded_k; i += 16)
+      _mm512_mask_storeu_ps(out + m * w.padded_k + i, first(w.padded_k - i),
+                            load_floats(x, type, m * w.k + i, first(w.k - i)));
+}
+
+// ---------------------------------------------------------------------------------------------------------- tiles
+
+// What one tile reads and where its sums go.
+struct Tile {
+  const uint8_t* weights;  // of the block (or panel), at the first input of the range
+  const uint16_t* scale;   // of the block, at the first group of the range; [64] apart
+  const void* rows;        // activations at the first input of the range
+  int64_t stride;          // of a row, in elements
+  const int32_t* start;    // integers: at the first group of the range
+  int64_t groups, all_groups, size;  // groups in the range, of the layer; inputs of a group
+  float* sums;             // [rows][64]
+  bool fresh;              // the range is the first one
+};
+
+template <int MR>
+inline void finish(const Tile& t, __m512 (&total)[MR][4]) {
+  for (int r = 0; r < MR; ++r)
+    for (int j = 0; j < 4; ++j) _mm512_storeu_ps(t.sums + r * kBlock + 16 * j, total[r][j]);
+}
+template <int MR>
+inline void begin_with(const Tile& t, __m512 (&total)[MR][4]) {
+  for (int r = 0; r < MR; ++r)
+    for (int j = 0; j < 4; ++j)
+      total[r][j] = t.fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(t.sums + r * kBlock + 16 * j);
+}
+
+// Integer sums of one range of inputs.
+template <int MR, int BITS>
+__attribute__((always_inline)) inline void integers(__m512i (&acc)[MR][4], const uint8_t*& w, const int8_t* a, int64_t stride, int64_t size) {
+  if constexpr (BITS == 8) {
+    for (int64_t i = 0; i < size; i += 4, w += 256) {
+      __m512i v[4];
+      UNROLL for (int j = 0; j < 4; ++j) v[j] = load(w + 64 * j);
+      UNROLL for (int r = 0; r < MR; ++r) {
+        const __m512i x = broadcast4(a + r * stride + i);
+        UNROLL for (int j = 0; j < 4; ++j) acc[r][j] = dot(acc[r][j], v[j], x);
+      }
+    }
+  } else {
+    const __m512i mask = _mm512_set1_epi8(15);
+    for (int64_t i = 0; i < size; i += 8, w += 256) {
+      __m512i x[MR], z[MR];
+      UNROLL for (int r = 0; r < MR; ++r) x[r] = broadcast4(a + r * stride + i), z[r] = broadcast4(a + r * stride + i + 4);
+      UNROLL for (int j = 0; j < 4; ++j) {
+        const __m512i v = load(w + 64 * j);
+        const __m512i low = _mm512_and_si512(v, mask), high = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
+        UNROLL for (int r = 0; r < MR; ++r) acc[r][j] = dot(acc[r][j], low, x[r]);
+        UNROLL for (int r = 0; r < MR; ++r) acc[r][j] = dot(acc[r][j], high, z[r]);
+      }
+    }
+  }
+}
+
+template <int MR, int BITS>
+void integer_tile(const Tile& t) {
+  const uint8_t* w = t.weights;
+  const int8_t* a = static_cast<const int8_t*>(t.rows);
+  __m512 total[MR][4];
+  begin_with(t, total);
+  for (int64_t g = 0; g < t.groups; ++g, a += t.size) {
+    __m512i acc[MR][4];
+    UNROLL for (int r = 0; r < MR; ++r)
+      UNROLL for (int j = 0; j < 4; ++j) acc[r][j] = _mm512_set1_epi32(t.start[r * t.all_groups + g]);
+    integers<MR, BITS>(acc, w, a, t.stride, t.size);
+    UNROLL for (int j = 0; j < 4; ++j) {
+      const __m512 scale = load_scale(t.scale + g * kBlock + 16 * j);
+      UNROLL for (int r = 0; r < MR; ++r) total[r][j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[r][j]), scale, total[r][j]);
+    }
+  }
+  finish(t, total);
+}
+
+// One group over all inputs, up to 6 rows: the totals are the sums themselves.
+template <int MR>
+void channel_tile(const Tile& t) {
+  __m512i acc[MR][4];
+  UNROLL for (int r = 0; r < MR; ++r)
+    UNROLL for (int j = 0; j < 4; ++j) acc[r][j] = _mm512_set1_epi32(t.start[r]);
+  const uint8_t* w = t.weights;
+  integers<MR, 8>(acc, w, static_cast<const int8_t*>(t.rows), t.stride, t.size);
+  UNROLL for (int j = 0; j < 4; ++j) {
+    const __m512 scale = load_scale(t.scale + 16 * j);
+    UNROLL for (int r = 0; r < MR; ++r)
+      _mm512_storeu_ps(t.sums + r * kBlock + 16 * j, _mm512_mul_ps(_mm512_cvtepi32_ps(acc[r][j]), scale));
+  }
+}
+
+// bf16 rows by 4-bit weights taken apart in registers (PANEL: by a panel of bf16 pairs).
+template <int MR, bool PANEL>
+__attribute__((always_inline)) inline void floats(__m512 (&acc)[MR][4], const uint8_t*& w, const uint16_t* a, int64_t stride, int64_t size) {
+  if constexpr (PANEL) {
+    for (int64_t i = 0; i < size; i += 2, w += 256) {
+      __m512i v[4];
+      UNROLL for (int j = 0; j < 4; ++j) v[j] = load(w + 64 * j);
+      UNROLL for (int r = 0; r < MR; ++r) {
+        const __m512i x = broadcast4(a + r * stride + i);
+        UNROLL for (int j = 0; j < 4; ++j) acc[r][j] = dot(acc[r][j], v[j], x);
+      }
+    }
+  } else {
+    const __m512i table = nibble_table();
+    for (int64_t i = 0; i < size; i += 8, w += 256) {
+      UNROLL for (int j = 0; j < 4; ++j) {
+        const __m512i v = load(w + 64 * j);
+        UNROLL for (int s = 0; s < 4; ++s) {
+          const __m512i pair = _mm512_permutexvar_epi16(s ? _mm512_srli_epi16(v, 4 * s) : v, table);
+          UNROLL for (int r = 0; r < MR; ++r) acc[r][j] = dot(acc[r][j], pair, broadcast4(a + r * stride + i + 2 * s));
+        }
+      }
+    }
+  }
+}
+
+template <int MR, bool PANEL>
+void float_tile(const Tile& t) {
+  const uint8_t* w = t.weights;
+  const uint16_t* a = static_cast<const uint16_t*>(t.rows);
+  __m512 total[MR][4];
+  begin_with(t, total);
+  for (int64_t g = 0; g < t.groups; ++g, a += t.size) {
+    __m512 acc[MR][4];
+    UNROLL for (int r = 0; r < MR; ++r)
+      UNROLL for (int j = 0; j < 4; ++j) acc[r][j] = _mm512_setzero_ps();
+    floats<MR, PANEL>(acc, w, a, t.stride, t.size);
+    UNROLL for (int j = 0; j < 4; ++j) {
+      const __m512 scale = load_scale(t.scale + g * kBlock + 16 * j);
+      UNROLL for (int r = 0; r < MR; ++r) total[r][j] = _mm512_fmadd_ps(acc[r][j], scale, total[r][j]);
+    }
+  }
+  finish(t, total);
+}
+
+// A panel of numbers that need no scale any more (or whose one scale comes last), up to 6 rows.
+template <int MR>
+void plain_tile(const Tile& t) {
+  __m512 total[MR][4];
+  begin_with(t, total);
+  const uint8_t* w = t.weights;
+  floats<MR, true>(total, w, static_cast<const uint16_t*>(t.rows), t.stride, t.size);
+  finish(t, total);
+}
+
+// float32 rows by 8-bit weights: up to 3 rows.
+template <int MR>
+void wide_tile(const Tile& t) {
+  const uint8_t* w = t.weights;
+  const float* a = static_cast<const float*>(t.rows);
+  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
+  __m512 total[MR][4];
+  begin_with(t, total);
+  for (int64_t g = 0; g < t.groups; ++g, a += t.size) {
+    __m512 acc[MR][4];
+    UNROLL for (int r = 0; r < MR; ++r)
+      UNROLL for (int j = 0; j < 4; ++j) acc[r][j] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < t.size; i += 4, w += 256) {
+      UNROLL for (int j = 0; j < 4; ++j) {
+        const __m512i v = _mm512_xor_si512(load(w + 64 * j), flip);
+        UNROLL for (int s = 0; s < 4; ++s) {
+          const __m512 number = _mm512_cvtepi32_ps(_mm512_srai_epi32(s < 3 ? _mm512_slli_epi32(v, 24 - 8 * s) : v, 24));
+          UNROLL for (int r = 0; r < MR; ++r)
+            acc[r][j] = _mm512_fmadd_ps(number, _mm512_set1_ps(a[r * t.stride + i + s]), acc[r][j]);
+        }
+      }
+    }
+    UNROLL for (int j = 0; j < 4; ++j) {
+      const __m512 scale = load_scale(t.scale + g * kBlock + 16 * j);
+      UNROLL for (int r = 0; r < MR; ++r) total[r][j] = _mm512_fmadd_ps(acc[r][j], scale, total[r][j]);
+    }
+  }
+  finish(t, total);
+}
+
+using Run = void (*)(const Tile&);
+template <template <int> class Of>
+constexpr Run pick(int64_t rows) {
+  constexpr Run table[] = {Of<1>::run, Of<2>::run, Of<3>::run, Of<4>::run, Of<5>::run, Of<6>::run};
+  return table[rows - 1];
+}
+template <int MR> struct Channel { static constexpr Run run = channel_tile<MR>; };
+template <int MR> struct Plain { static constexpr Run run = plain_tile<MR>; };
+constexpr Run kInteger4[] = {integer_tile<1, 4>, integer_tile<2, 4>, integer_tile<3, 4>};
+constexpr Run kInteger8[] = {integer_tile<1, 8>, integer_tile<2, 8>, integer_tile<3, 8>};
+constexpr Run kFloat4[] = {float_tile<1, false>, float_tile<2, false>, float_tile<3, false>};
+constexpr Run kFloatPanel[] = {float_tile<1, true>, float_tile<2, true>, float_tile<3, true>};
+constexpr Run kWide[] = {wide_tile<1>, wide_tile<2>, wide_tile<3>};
+
+// --------------------------------------------------------------------------------------------------------- panels
+
+// 8-bit weights as bf16 integers [inputs / 2][64][2]; eight bits are exact in bf16.
+void wide_panel(const uint8_t* w, uint8_t* panel, int64_t inputs) {
+  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80)), high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  for (int64_t i = 0; i < inputs; i += 4, w += 256, panel += 512)
+    UNROLL for (int j = 0; j < 4; ++j) {
+      const __m512i v = _mm512_xor_si512(load(w + 64 * j), flip);
+      __m512i number[4];
+      UNROLL for (int s = 0; s < 4; ++s)
+        number[s] = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(v, 24 - 8 * s), 24)));
+      UNROLL for (int s = 0; s < 2; ++s)
+        _mm512_storeu_si512(panel + 256 * s + 64 * j, _mm512_or_si512(_mm512_srli_epi32(number[2 * s], 16),
+                                                                      _mm512_and_si512(number[2 * s + 1], high)));
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------- blocks
+
+// All rows [0, count) through tiles of at most `most` rows, as even as can be.
+template <class Choose>
+void rows_through(Tile t, int64_t count, int64_t most, int64_t element, Choose choose) {
+  const int64_t tiles = (count + most - 1) / most;
+  const char* rows = static_cast<const char*>(t.rows);
+  float* sums = t.sums;
+  const int32_t* start = t.start;
+  int64_t at = 0;
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t next = count * (i + 1) / tiles;
+    t.rows = rows + at * t.stride * element;
+    t.sums = sums + at * kBlock;
+    t.start = start ? start + at * t.all_groups : nullptr;
+    choose(next - at)(t);
+    at = next;
+  }
+}
+
+void block(const Job& job, int64_t b, int64_t begin, int64_t end, void* scratch) {
+  const Weight& w = job.weight;
+  const int64_t count = end - begin, size = w.padded_k / w.groups, width = w.padded_k * w.bits / 8;  // bytes a channel
+  const uint8_t* weights = w.data + b * kBlock * width;
+  const uint16_t* scale = w.scale + b * w.groups * kBlock;
+  float* sums = static_cast<float*>(scratch);
+  const int64_t planes = job.integer || job.floats ? 1 : job.planes.planes;
+  uint8_t* panel = reinterpret_cast<uint8_t*>(
+      (reinterpret_cast<uintptr_t>(sums + planes * count * kBlock) + 63) / 64 * 64);
+  Tile t{weights, scale, nullptr, w.padded_k, nullptr, w.groups, w.groups, size, sums, true};
+  bool scaled = true;
+
+  if (job.integer) {
+    t.rows = job.rows.q + begin * w.padded_k;
+    t.start = job.rows.start + begin * w.groups;
+    if (w.bits == 8 && w.groups == 1) {
+      rows_through(t, count, 6, 1, [](int64_t rows) { return pick<Channel>(rows); });
+    } else {
+      const Run* tiles = w.bits == 8 ? kInteger8 : kInteger4;
+      rows_through(t, count, 3, 1, [=](int64_t rows) { return tiles[rows - 1]; });
+    }
+  } else if (job.floats) {
+    t.rows = job.floats + begin * w.padded_k;
+    rows_through(t, count, 3, 4, [](int64_t rows) { return kWide[rows - 1]; });
+  } else {
+    for (int64_t p = 0; p < planes; ++p) {
+      // planes of one range of rows are one range of rows of this block when there is one plane or all rows are here
+      if (p && begin == 0 && end == job.m) break;
+      const bool together = begin == 0 && end == job.m;
+      const int64_t total = together ? planes * count : count;
+      const uint16_t* rows = job.planes.rows + (p * job.m + begin) * w.padded_k;
+      t.rows = rows, t.weights = weights, t.scale = scale, t.groups = w.groups, t.size = size, t.fresh = true;
+      t.sums = sums + p * count * kBlock;
+      if (w.bits == 4) {
+        rows_through(t, total, 3, 2, [](int64_t r) { return kFloat4[r - 1]; });
+      } else if (w.groups == 1) {
+        scaled = false;
+        for (int64_t i = 0; i < w.padded_k; i += kPanel, t.fresh = false) {
+          t.size = std::min(kPanel, w.padded_k - i);
+          wide_panel(weights + i * kBlock, panel, t.size);
+          t.weights = panel, t.rows = rows + i;
+          rows_through(t, total, 6, 2, [](int64_t r) { return pick<Plain>(r); });
+        }
+      } else {
+        const int64_t step = std::max<int64_t>(1, kPanel / size);
+        for (int64_t g = 0; g < w.groups; g += step, t.fresh = false) {
+          t.groups = std::min(step, w.groups - g);
+          wide_panel(weights + g * size * kBlock, panel, t.groups * size);
+          t.weights = panel, t.scale = scale + g * kBlock, t.rows = rows + g * size;
+          rows_through(t, total, 3, 2, [](int64_t r) { return kFloatPanel[r - 1]; });
+        }
+      }
+    }
+  }
+
+  const int64_t channels = std::min(kBlock, w.n - b * kBlock);
+  for (int64_t m = 0; m < count; ++m)
+    for (int64_t c = 0; c < channels; c += 16) {
+      __m512 v = _mm512_loadu_ps(sums + m * kBlock + c);
+      for (int64_t p = 1; p < planes; ++p) v = _mm512_add_ps(v, _mm512_loadu_ps(sums + (p * count + m) * kBlock + c));
+      if (!scaled) v = _mm512_mul_ps(v, load_scale(scale + c));
+      if (job.integer) v = _mm512_mul_ps(v, _mm512_set1_ps(job.rows.scale[begin + m]));
+      const __mmask16 mask = first(channels - c);
+      if (job.out.bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, job.out.bias + b * kBlock + c));
+      store_floats(job.out.y, job.out.type, (begin + m) * w.n + b * kBlock + c, mask, v);
+    }
+}
+
+void dequantize(const Weight& w, int64_t b, void* y, Float type) {
+  // 16 channels by 16 inputs at a time: numbers are gathered by channel, then turned
+  const int64_t size = w.padded_k / w.groups, channels = std::min(kBlock, w.n - b * kBlock);
+  const uint8_t* weights = w.data + b * kBlock * (w.padded_k * w.bits / 8);
+  const int per_word = 32 / w.bits;  // inputs in a channel's 32 bits
+  static constexpr int kShift4[8] = {0, 16, 4, 20, 8, 24, 12, 28};
+  alignas(64) float tile[16][16];
+  for (int64_t c = 0; c < channels; c += 16)
+    for (int64_t i = 0; i < w.k; i += 16) {
+      for (int64_t s = 0; s < 16 && i + s < w.padded_k; ++s) {
+        const int64_t at = i + s;
+        const __m512i word = load(weights + at / per_word * 256 + 4 * c);
+        const int shift = w.bits == 8 ? 8 * static_cast<int>(at % 4) : kShift4[at % 8];
+        const __m512i u = _mm512_and_si512(_mm512_srlv_epi32(word, _mm512_set1_epi32(shift)),
+                                           _mm512_set1_epi32(w.bits == 8 ? 255 : 15));
+        const __m512 number = _mm512_cvtepi32_ps(_mm512_sub_epi32(u, _mm512_set1_epi32(w.zero)));
+        const __m512 scale = load_scale(w.scale + (b * w.groups + at / size) * kBlock + c);
+        _mm512_store_ps(tile[s], _mm512_mul_ps(number, scale));
+      }
+      const __m512i column = _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
+      for (int64_t r = 0; r < 16 && c + r < channels; ++r) {
+        const __m512 v = _mm512_i32gather_ps(column, &tile[0][r], 4);
+        store_floats(y, type, (b * kBlock + c + r) * w.k + i, first(w.k - i), v);
+      }
+    }
+}
+
+}  // namespace
+
+#ifdef __AVX512BF16__
+const Isa* avx512_bf16() {
+  static const Isa isa{"avx512-vnni-bf16", quantize_rows, split_rows, widen_rows, block, dequantize};
+  return &isa;
+}
+#else
+const Isa* avx512() {
+  static const Isa isa{"avx512-vnni", quantize_rows, split_rows, widen_rows, block, dequantize};
+  return &isa;
+}
+#endif
+
+}  // namespace qat
