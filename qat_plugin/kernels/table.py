@@ -86,6 +86,11 @@ class Kernel(ABC):
     def linear(self, x: Tensor, weight: QuantizedWeight) -> Tensor:
         """``x W^T`` of [tokens, in_features], tokens >= 1, in the type of ``x``; no bias."""
 
+    def biased(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+        """:meth:`linear` plus ``bias`` [out_features]; kernels that round once for both override it."""
+        y = self.linear(x, weight)
+        return y if bias is None else y + bias
+
     def embedding(self, ids: Tensor, weight: QuantizedWeight) -> Tensor:
         """Rows ``ids`` of the weight, [..., in_features].
 

@@ -283,16 +283,18 @@ def _product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     tokens = x.reshape(-1, x.shape[-1])
     if tokens.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], weight.out_features)
-    y = kernel_named(weight.kernel_name).linear(tokens, weight)
-    if bias is not None:
-        y = y + bias
+    kernel = kernel_named(weight.kernel_name)
+    if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+        y = kernel.linear(tokens, weight) + bias
+    else:
+        y = kernel.biased(tokens, weight, bias)
     return y.reshape(*x.shape[:-1], weight.out_features)
 
 
 def _linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         return cast(Tensor, _Frozen.apply(x, weight, bias))
-    return _product(x, weight, None if bias is None else bias)
+    return _product(x, weight, bias)
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], index: int, name: str, default: Any = None) -> Any:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qat_plugin import Phase, Policy, convert, is_converted, prepare, proof_of, set_phase
+from qat_plugin import Phase, Policy, convert, is_converted, native, prepare, proof_of, set_phase
 from qat_plugin.conversion import conversion_of
 from qat_plugin.kernels.weight import CastWeight, QuantizedWeight
 from qat_plugin.qat import is_prepared, prepared_layers
@@ -109,11 +109,22 @@ def test_in_bf16_the_integers_stay_and_the_kernels_that_run_are_the_ones_proven(
         assert proof[name].output_error > 0  # bf16 rounds: it is really bf16 that was compared
 
 
-def test_bf16_takes_the_fast_kernels_where_they_serve() -> None:
-    kernels = {}
-    for scheme in ("w4a16-g32", "w4a8-g32", "w8a16", "w8a8"):
-        model = convert(MLP(), scheme, dtype=torch.bfloat16)
-        kernels[scheme] = {layer.kernel for layer in proof_of(model).layers}
+def kernels_of_bf16() -> dict[str, set[str]]:
+    models = {s: convert(MLP(), s, dtype=torch.bfloat16) for s in ("w4a16-g32", "w4a8-g32", "w8a16", "w8a8")}
+    return {scheme: {layer.kernel for layer in proof_of(model).layers} for scheme, model in models.items()}
+
+
+def test_the_native_kernels_come_first_where_they_run() -> None:
+    if native.native().instruction_set in (None, "portable"):
+        pytest.skip(f"no AVX512-VNNI, or no compiler: {native.native()}")
+    kernels = kernels_of_bf16()
+    assert kernels["w8a8"] == kernels["w8a16"] == {"native-int8"}
+    assert kernels["w4a16-g32"] == kernels["w4a8-g32"] == {"native-int4"}
+
+
+def test_bf16_takes_the_fast_kernels_of_torch_where_they_serve() -> None:
+    with native.native_disabled():
+        kernels = kernels_of_bf16()
     assert kernels["w8a8"] <= {"onednn-int8", "dequantize"}  # by instruction set
     assert kernels["w8a16"] == {"aten-int8"}
     assert kernels["w4a16-g32"] == kernels["w4a8-g32"]

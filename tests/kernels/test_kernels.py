@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qat_plugin import Scheme
+from qat_plugin import Scheme, native
 from qat_plugin.errors import ConversionError
 from qat_plugin.kernels import Kernel, LayerSpec, choose, kernel_named, kernels, register, table
 from qat_plugin.kernels.table import Packed
@@ -23,6 +23,16 @@ SCHEMES = [
     "w3a16-g32", "w3a8-g32-asym", "w2a16-g32", "w2a16-g32-asym",
 ]  # fmt: skip
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["native", "torch"])
+def with_native(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Every test runs on the package's own kernels (where they are built) and on those of torch alone."""
+    if request.param:
+        yield native.available()
+        return
+    with native.native_disabled():
+        yield False
 
 
 def weight_of(spelling: str, rows: int, columns: int, dtype: torch.dtype, **options: object) -> QuantizedWeight:
@@ -69,8 +79,14 @@ def test_any_number_of_dimensions_with_and_without_bias(
 ) -> None:
     weight, bias, x = weight_of(spelling, 64, 64, dtype), torch.randn(64).to(dtype), torch.randn(shape).to(dtype)
     assert F.linear(x, weight).shape == (*shape[:-1], 64)
-    rows = F.linear(x.reshape(-1, 64), weight)
-    assert torch.equal(F.linear(x, weight, bias).reshape(-1, 64), rows + bias)
+    rows = x.reshape(-1, 64)
+    assert torch.equal(F.linear(x, weight, bias).reshape(-1, 64), F.linear(rows, weight, bias))
+    if x.numel():
+        expected, tolerance = (
+            in_float64(rows, weight) + bias.double(),
+            kernel_named(weight.kernel_name).tolerance(dtype),
+        )
+        assert error(F.linear(rows, weight, bias), expected) <= tolerance
 
 
 @pytest.mark.parametrize("spelling", SCHEMES)
@@ -122,15 +138,20 @@ def test_an_embedding_is_looked_up_row_by_row(spelling: str) -> None:
     assert torch.equal(F.embedding(ids, weight), weight.dequantize()[ids])
 
 
-def test_the_choice_says_why_a_better_kernel_was_missed() -> None:
+def test_the_choice_says_why_a_better_kernel_was_missed(with_native: bool) -> None:
     spec = LayerSpec(Scheme.parse("w4a16-g32"), 64, 64, torch.device("cpu"), torch.float32)
-    assert choose(spec).kernel == "dequantize"
-    assert "needs a bf16 model" in choose(spec).note
+    fast = with_native and native.native().instruction_set != "portable"
+    assert choose(spec).kernel == ("native-int4" if fast else "dequantize")
+    assert fast or ("needs a bf16 model" in choose(spec).note and "native-int4" in choose(spec).note)
+    asymmetric = LayerSpec(Scheme.parse("w4a16-g32-asym"), 64, 64, torch.device("cpu"), torch.float32)
+    assert choose(asymmetric).kernel == "dequantize"
     assert "QLoRA" in str(choose(LayerSpec(Scheme.parse("nf4"), 64, 64, torch.device("cpu"), torch.float32)).refusal)
 
 
 def test_an_unknown_kernel_is_named() -> None:
-    with pytest.raises(ConversionError, match="no kernel is called 'fast'; there are onednn-int8"):
+    with pytest.raises(
+        ConversionError, match="no kernel is called 'fast'; there are native-int8, native-int4, onednn-int8"
+    ):
         kernel_named("fast")
 
 
@@ -170,4 +191,4 @@ def test_a_kernel_can_be_added() -> None:
     assert weight.kernel_name == "toy"
     assert [kernel.name for kernel in kernels()][-2:] == ["toy", "dequantize"]
     assert error(F.linear(x, weight), in_float64(x, weight)) < 1e-6
-    assert weight_of("w4a16-g32", 32, 64, torch.float32).kernel_name == "dequantize"
+    assert weight_of("w4a16-g32", 32, 64, torch.float32).kernel_name != "toy"

@@ -231,7 +231,7 @@ void channel_tile(const Tile& t) {
   }
 }
 
-// bf16 rows by 4-bit weights taken apart in registers (PANEL: by a panel of bf16 pairs).
+// bf16 rows by a panel of bf16 pairs, or by 4-bit weights taken apart in registers.
 template <int MR, bool PANEL>
 __attribute__((always_inline)) inline void floats(__m512 (&acc)[MR][4], const uint8_t*& w, const uint16_t* a, int64_t stride, int64_t size) {
   if constexpr (PANEL) {
@@ -276,7 +276,7 @@ void float_tile(const Tile& t) {
   finish(t, total);
 }
 
-// A panel of numbers that need no scale any more (or whose one scale comes last), up to 6 rows.
+// A panel of integers whose one scale comes last, up to 6 rows.
 template <int MR>
 void plain_tile(const Tile& t) {
   __m512 total[MR][4];
@@ -316,6 +316,24 @@ void wide_tile(const Tile& t) {
   finish(t, total);
 }
 
+// float32 rows by a panel of float32 numbers [inputs][64], up to 6 rows.
+template <int MR>
+void number_tile(const Tile& t) {
+  __m512 total[MR][4];
+  begin_with(t, total);
+  const float* w = reinterpret_cast<const float*>(t.weights);
+  const float* a = static_cast<const float*>(t.rows);
+  for (int64_t i = 0; i < t.size; ++i, w += kBlock) {
+    __m512 v[4];
+    UNROLL for (int j = 0; j < 4; ++j) v[j] = _mm512_loadu_ps(w + 16 * j);
+    UNROLL for (int r = 0; r < MR; ++r) {
+      const __m512 x = _mm512_set1_ps(a[r * t.stride + i]);
+      UNROLL for (int j = 0; j < 4; ++j) total[r][j] = _mm512_fmadd_ps(v[j], x, total[r][j]);
+    }
+  }
+  finish(t, total);
+}
+
 using Run = void (*)(const Tile&);
 template <template <int> class Of>
 constexpr Run pick(int64_t rows) {
@@ -324,6 +342,7 @@ constexpr Run pick(int64_t rows) {
 }
 template <int MR> struct Channel { static constexpr Run run = channel_tile<MR>; };
 template <int MR> struct Plain { static constexpr Run run = plain_tile<MR>; };
+template <int MR> struct Number { static constexpr Run run = number_tile<MR>; };
 constexpr Run kInteger4[] = {integer_tile<1, 4>, integer_tile<2, 4>, integer_tile<3, 4>};
 constexpr Run kInteger8[] = {integer_tile<1, 8>, integer_tile<2, 8>, integer_tile<3, 8>};
 constexpr Run kFloat4[] = {float_tile<1, false>, float_tile<2, false>, float_tile<3, false>};
@@ -345,6 +364,20 @@ void wide_panel(const uint8_t* w, uint8_t* panel, int64_t inputs) {
         _mm512_storeu_si512(panel + 256 * s + 64 * j, _mm512_or_si512(_mm512_srli_epi32(number[2 * s], 16),
                                                                       _mm512_and_si512(number[2 * s + 1], high)));
     }
+}
+
+// Numbers of `inputs` inputs from `at` on, of channels [c, c + 16) of a block: float32, `stride` apart.
+void numbers(const Weight& w, int64_t b, int64_t c, int64_t at, int64_t inputs, float* out, int64_t stride) {
+  static constexpr int kShift4[8] = {0, 16, 4, 20, 8, 24, 12, 28};
+  const uint8_t* words = w.data + b * kBlock * (w.padded_k * w.bits / 8) + 4 * c;
+  const int64_t size = w.padded_k / w.groups, per_word = 32 / w.bits;
+  const __m512i mask = _mm512_set1_epi32(w.bits == 8 ? 255 : 15), zero = _mm512_set1_epi32(w.zero);
+  for (int64_t i = at; i < at + inputs; ++i, out += stride) {
+    const int shift = w.bits == 8 ? 8 * static_cast<int>(i % 4) : kShift4[i % 8];
+    const __m512i u = _mm512_and_si512(_mm512_srl_epi32(load(words + i / per_word * 256), _mm_cvtsi32_si128(shift)), mask);
+    const __m512 scale = load_scale(w.scale + (b * w.groups + i / size) * kBlock + c);
+    _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(u, zero)), scale));
+  }
 }
 
 // --------------------------------------------------------------------------------------------------------- blocks
@@ -390,7 +423,16 @@ void block(const Job& job, int64_t b, int64_t begin, int64_t end, void* scratch)
     }
   } else if (job.floats) {
     t.rows = job.floats + begin * w.padded_k;
-    rows_through(t, count, 3, 4, [](int64_t rows) { return kWide[rows - 1]; });
+    if (job.few) {
+      rows_through(t, count, 3, 4, [](int64_t rows) { return kWide[rows - 1]; });
+    } else {
+      for (int64_t i = 0; i < w.padded_k; i += kPanel / 2, t.fresh = false) {
+        t.size = std::min(kPanel / 2, w.padded_k - i);
+        for (int64_t c = 0; c < kBlock; c += 16) numbers(w, b, c, i, t.size, reinterpret_cast<float*>(panel) + c, kBlock);
+        t.weights = panel, t.rows = job.floats + begin * w.padded_k + i;
+        rows_through(t, count, 6, 4, [](int64_t rows) { return pick<Number>(rows); });
+      }
+    }
   } else {
     for (int64_t p = 0; p < planes; ++p) {
       // planes of one range of rows are one range of rows of this block when there is one plane or all rows are here
@@ -436,25 +478,13 @@ void block(const Job& job, int64_t b, int64_t begin, int64_t end, void* scratch)
 }
 
 void dequantize(const Weight& w, int64_t b, void* y, Float type) {
-  // 16 channels by 16 inputs at a time: numbers are gathered by channel, then turned
-  const int64_t size = w.padded_k / w.groups, channels = std::min(kBlock, w.n - b * kBlock);
-  const uint8_t* weights = w.data + b * kBlock * (w.padded_k * w.bits / 8);
-  const int per_word = 32 / w.bits;  // inputs in a channel's 32 bits
-  static constexpr int kShift4[8] = {0, 16, 4, 20, 8, 24, 12, 28};
-  alignas(64) float tile[16][16];
+  // 16 channels by 16 inputs at a time: numbers come by input, and go by channel
+  const __m512i column = _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
+  const int64_t channels = std::min(kBlock, w.n - b * kBlock);
+  alignas(64) float tile[16][16] = {};
   for (int64_t c = 0; c < channels; c += 16)
     for (int64_t i = 0; i < w.k; i += 16) {
-      for (int64_t s = 0; s < 16 && i + s < w.padded_k; ++s) {
-        const int64_t at = i + s;
-        const __m512i word = load(weights + at / per_word * 256 + 4 * c);
-        const int shift = w.bits == 8 ? 8 * static_cast<int>(at % 4) : kShift4[at % 8];
-        const __m512i u = _mm512_and_si512(_mm512_srlv_epi32(word, _mm512_set1_epi32(shift)),
-                                           _mm512_set1_epi32(w.bits == 8 ? 255 : 15));
-        const __m512 number = _mm512_cvtepi32_ps(_mm512_sub_epi32(u, _mm512_set1_epi32(w.zero)));
-        const __m512 scale = load_scale(w.scale + (b * w.groups + at / size) * kBlock + c);
-        _mm512_store_ps(tile[s], _mm512_mul_ps(number, scale));
-      }
-      const __m512i column = _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
+      numbers(w, b, c, i, std::min<int64_t>(16, w.padded_k - i), &tile[0][0], 16);
       for (int64_t r = 0; r < 16 && c + r < channels; ++r) {
         const __m512 v = _mm512_i32gather_ps(column, &tile[0][r], 4);
         store_floats(y, type, (b * kBlock + c + r) * w.k + i, first(w.k - i), v);

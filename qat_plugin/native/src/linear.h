@@ -45,8 +45,9 @@ struct Job {
   int64_t m;
   bool integer;         // INT8 activations
   QuantizedRows rows;   // when integer
-  Planes planes;        // otherwise, except for
-  const float* floats;  // few rows by 8-bit weights: [m][padded_k]
+  Planes planes;        // otherwise, unless there are
+  const float* floats;  // float32 rows [m][padded_k]: for 8-bit weights and few rows, and for
+  bool few;             // float32 models and many
   Output out;
 };
 

@@ -104,7 +104,10 @@ Tensor linear(const Tensor& x_, const Tensor& data, const Tensor& scale, const s
 
   const Isa& cpu = isa();
   const void* input = x.const_data_ptr();
-  const bool wide = !integer && bits == 8 && m <= 4;
+  // Few rows of 8-bit weights are widened as they are multiplied; many rows of a float32 model meet float32 numbers,
+  // because three bf16 products cost more than one of float32.
+  job.few = bits == 8 && m <= 4;
+  const bool wide = !integer && (job.few || (job.out.type == Float::f32 && (bits == 8 || m > 16)));
   const int planes = job.out.type == Float::f32 ? 3 : job.out.type == Float::f16 ? 2 : 1;
   const size_t rows = static_cast<size_t>(m) * w.padded_k;
   const bool direct = !integer && !wide && planes == 1 && w.padded_k == k;  // bf16 rows are used where they lie
@@ -117,7 +120,9 @@ Tensor linear(const Tensor& x_, const Tensor& data, const Tensor& scale, const s
     at::parallel_for(0, m, grain, [&](int64_t a, int64_t b) { cpu.quantize_rows(input, job.out.type, fixed, w, job.rows, a, b); });
   } else if (wide) {
     job.floats = reinterpret_cast<float*>(held);
-    cpu.widen_rows(input, job.out.type, w, reinterpret_cast<float*>(held), 0, m);
+    at::parallel_for(0, m, grain, [&](int64_t a, int64_t b) {
+      cpu.widen_rows(input, job.out.type, w, reinterpret_cast<float*>(held), a, b);
+    });
   } else {
     job.planes = {direct ? static_cast<uint16_t*>(const_cast<void*>(input)) : reinterpret_cast<uint16_t*>(held), planes};
     if (!direct)
