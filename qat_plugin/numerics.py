@@ -199,13 +199,20 @@ def fake_quantize(
     return cast(Tensor, _FakeQuantize.apply(weight, scale, zero_point, scheme))
 
 
+def on_grid(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """The grid's numbers nearest to ``weight``, and where it did not clip (bool): both of the weight's shape."""
+    levels = _levels(to_groups(weight, scheme), scale, zero_point)
+    clipped = levels.clamp(scheme.qmin, scheme.qmax)
+    numbers = _numbers(clipped, scale, zero_point).reshape(weight.shape).to(weight.dtype)
+    return numbers, (levels == clipped).reshape(weight.shape)
+
+
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme) -> Tensor:
-        levels = _levels(to_groups(weight, scheme), scale, zero_point)
-        clipped = levels.clamp(scheme.qmin, scheme.qmax)
-        ctx.save_for_backward((levels == clipped).reshape(weight.shape))
-        return _numbers(clipped, scale, zero_point).reshape(weight.shape).to(weight.dtype)
+        numbers, inside = on_grid(weight, scale, zero_point, scheme)
+        ctx.save_for_backward(inside)
+        return numbers
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -289,15 +296,21 @@ def fake_quantize_activation(x: Tensor, scale: Tensor | None = None) -> Tensor:
     return cast(Tensor, _FakeQuantizeActivation.apply(x, scale))
 
 
+def activation_on_grid(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The INT8 numbers nearest to ``x``, and where a fixed scale did not clip (bool, ``None`` without one)."""
+    q, used = quantize_activation(x, scale)
+    # in float32: the bound rounded to a 16-bit type would let clipped values through
+    inside = None if scale is None else x.abs().to(torch.float32) <= used * (ACTIVATION_QMAX + 0.5)
+    return (q * used).to(x.dtype), inside
+
+
 class _FakeQuantizeActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor | None) -> Tensor:
-        q, used = quantize_activation(x, scale)
-        if scale is not None:
-            # in float32: the bound rounded to a 16-bit type would let clipped values through
-            ctx.save_for_backward(x.abs().to(torch.float32) <= used * (ACTIVATION_QMAX + 0.5))
-        ctx.clips = scale is not None
-        return (q * used).to(x.dtype)
+        numbers, inside = activation_on_grid(x, scale)
+        ctx.clips = inside is not None
+        ctx.save_for_backward(*(() if inside is None else (inside,)))
+        return numbers
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "qat_plugin"
 # A room imports only rooms above it.
 ROOMS = (
-    "errors", "scheme", "native", "numerics", "losses", "kernels", "policy", "observers", "qat", "conversion",
+    "errors", "scheme", "native", "numerics", "fused", "losses", "kernels", "policy", "observers", "qat", "conversion",
     "measure", "report", "qlora", "data", "models", "callbacks", "config", "runs", "__main__",
 )  # fmt: skip
 HEAVY = {"lightning", "hydra", "omegaconf", "transformers", "tokenizers", "peft", "bitsandbytes", "torchao", "rich"}

@@ -18,6 +18,7 @@ _AVX512: Final = (
     *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
 )
 _BF16: Final = "-mavx512bf16"
+_OPERATORS: Final = ("fake_quantize_ops", "ops", "attention_ops")  # the units that include PyTorch's headers; the slowest first
 
 
 class BuildError(Exception):
@@ -57,17 +58,20 @@ def build(sources: Path, target: Path) -> None:
     if platform.system() != "Linux":
         raise BuildError(f"they are built on Linux only, this is {platform.system()}")
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    units: list[tuple[str, str, tuple[str, ...]]] = [("ops", "ops.cpp", ("-DQAT_X86",) if x86 else ())]
-    units += [(name, f"{name}.cpp", ()) for name in ("portable",)]
+    units: list[tuple[str, str, tuple[str, ...]]] = [
+        (name, f"{name}.cpp", ("-DQAT_X86",) if x86 else ()) for name in _OPERATORS
+    ]
+    units += [(name, f"{name}.cpp", ()) for name in ("portable", "attention", "fake_quantize_portable")]
     if x86:
         units += [("avx512", "avx512.cpp", _AVX512), ("avx512_bf16", "avx512.cpp", (*_AVX512, _BF16))]
+        units += [(name, f"{name}.cpp", _AVX512) for name in ("attention_avx512", "fake_quantize_avx512")]
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         work = Path(folder)
 
         def compile_one(unit: tuple[str, str, tuple[str, ...]]) -> str:
             name, source, flags = unit
-            include = _torch_flags() if name == "ops" else ()
+            include = _torch_flags() if name in _OPERATORS else ()
             output = str(work / f"{name}.o")
             _run(_command(), *_FLAGS, *flags, *include, "-c", str(sources / source), "-o", output)
             return output

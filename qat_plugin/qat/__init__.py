@@ -11,12 +11,14 @@ from qat_plugin.qat.prepare import (
     unprepare,
 )
 from qat_plugin.qat.quantizer import LayerQuantizer, Phase
+from qat_plugin.qat.reuse import WeightReuse, reusing_weights
 from qat_plugin.qat.state import load_quantizer_state, quantizer_state
 from qat_plugin.qat.watching import calibrating, capture_inputs
 
 __all__ = [
     "LayerQuantizer",
     "Phase",
+    "WeightReuse",
     "calibrating",
     "capture_inputs",
     "get_phase",
@@ -27,6 +29,7 @@ __all__ = [
     "prepared_layers",
     "quantizer_state",
     "quantizers",
+    "reusing_weights",
     "set_phase",
     "unprepare",
 ]

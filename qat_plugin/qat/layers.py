@@ -42,7 +42,7 @@ class _Linear(FakeQuantized):
     def forward(self, input: Tensor) -> Tensor:
         quantizer = self.fake_quantizer
         x = quantizer.fake_input(input)
-        weight = quantizer.fake_weight(self.weight) if quantizer.active else self.weight
+        weight = quantizer.fake_parameter(self.weight) if quantizer.active else self.weight
         return F.linear(x, weight, self.bias)
 
 
@@ -55,7 +55,7 @@ class _Conv1D(FakeQuantized):
         x = quantizer.fake_input(x)
         if not quantizer.active:
             return super().forward(x)  # type: ignore[misc, no-any-return]
-        return F.linear(x, quantizer.fake_weight(self.weight.t()), self.bias)
+        return F.linear(x, quantizer.fake_parameter(self.weight), self.bias)
 
 
 class _Embedding(FakeQuantized):
@@ -72,7 +72,7 @@ class _Embedding(FakeQuantized):
         if quantizer.rows_stand_alone:
             rows = F.embedding(input, self.weight, *options)
             return quantizer.fake_weight(rows.reshape(-1, rows.shape[-1])).reshape(rows.shape)
-        return F.embedding(input, quantizer.fake_weight(self.weight), *options)
+        return F.embedding(input, quantizer.fake_parameter(self.weight), *options)
 
 
 class _OwnForward(FakeQuantized):
@@ -84,7 +84,7 @@ class _OwnForward(FakeQuantized):
         quantizer, own = self.fake_quantizer, self.__dict__.get("weight")  # a pruned layer's weight is an attribute
         weight = self.weight
         if quantizer.active:
-            self.__dict__["weight"] = weight = quantizer.rows(quantizer.fake_weight(quantizer.rows(weight)))
+            self.__dict__["weight"] = weight = quantizer.rows(quantizer.fake_parameter(weight))
         try:
             if self.weight is not weight:
                 raise PrepareError(f"{quantizer.layer.name}: a parametrization was put on its weight after prepare()")

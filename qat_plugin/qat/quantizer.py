@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from qat_plugin import fused
 from qat_plugin.errors import CheckpointError, PrepareError
 from qat_plugin.numerics import (
     Quantized,
     choose_qparams,
     fake_cast,
-    fake_quantize,
-    fake_quantize_activation,
     fake_quantize_learned,
     learned_scale,
     quantize,
@@ -23,6 +22,9 @@ from qat_plugin.numerics import (
 from qat_plugin.observers import AbsMaxObserver
 from qat_plugin.policy import LayerPlan, Plan
 from qat_plugin.scheme import Scheme
+
+if TYPE_CHECKING:
+    from qat_plugin.qat.reuse import WeightReuse
 
 
 class Phase(enum.Enum):
@@ -71,6 +73,7 @@ class LayerQuantizer(nn.Module):
         self.scheme: Scheme = layer.scheme
         self.phase = Phase.FLOAT
         self.observe_always = False
+        self.reuse: WeightReuse | None = None
         self.observer = _hidden(AbsMaxObserver()) if self.scheme.static else None
         for name in ("zero_point", "frozen_scale", "frozen_zero_point"):
             self.register_buffer(name, None, persistent=False)
@@ -80,6 +83,7 @@ class LayerQuantizer(nn.Module):
             one_format = share is not None and share.scheme.weight_format == self.scheme.weight_format
             shared = share.scale if share is not None and one_format else None
             self.scale = nn.Parameter(scale) if shared is None else shared
+        fused.implementation(weight.device)  # builds native operators now, not in the first step
         # nn.TransformerEncoderLayer leaves its fused inference path, which would read the float weights, when any
         # submodule has a hook; this one has.
         self.register_forward_pre_hook(_never_called)
@@ -103,10 +107,20 @@ class LayerQuantizer(nn.Module):
         if self.scheme.is_float:
             return fake_cast(rows, self.scheme.float_dtype)
         if self.frozen_scale is not None:
-            return fake_quantize(rows, self.scheme, self.frozen_scale, self.frozen_zero_point)
+            return fused.fake_quantize(rows, self.scheme, self.frozen_scale, self.frozen_zero_point)
         if self.scale is not None:
             return fake_quantize_learned(rows, self.scale, self.zero_point, self.scheme)
-        return fake_quantize(rows, self.scheme)
+        return fused.fake_quantize(rows, self.scheme)
+
+    def fake_parameter(self, weight: Tensor) -> Tensor:
+        """The layer's own weight, as its module holds it, as fake-quantized [out_features, in_features].
+
+        Inside :func:`~qat_plugin.qat.reusing_weights`, one that did not change is not quantized again.
+        """
+        reusable = weight.is_leaf and self.scheme.is_integer and (self.scale is None or self.frozen_scale is not None)
+        if self.reuse is None or not reusable or torch.compiler.is_compiling():
+            return self.fake_weight(self.rows(weight))
+        return self.reuse.fake_weight(self, weight)
 
     @property
     def rows_stand_alone(self) -> bool:
@@ -125,8 +139,8 @@ class LayerQuantizer(nn.Module):
         if not self.scheme.quantizes_activations or not self.active or not x.is_floating_point():
             return x
         if self.observer is None:
-            return fake_quantize_activation(x)
-        return fake_quantize_activation(x, self.observer.scale()) if self.observer.has_data else x
+            return fused.fake_quantize_activation(x)
+        return fused.fake_quantize_activation(x, self.observer.scale()) if self.observer.has_data else x
 
     def observe(self, x: Tensor) -> None:
         """Let a static scheme see the input: in training and before freezing only.
