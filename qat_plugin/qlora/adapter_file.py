@@ -4,8 +4,8 @@
 
     adapter_model.safetensors   base_model.model.<module>.lora_A.weight, .lora_B.weight, .lora_magnitude_vector (DoRA)
     adapter_config.json         peft's LoraConfig; target_modules names just the layers that have an adapter
-    qat_adapter.json            format version; the base: path, fingerprint, sums of its tensors; its plan; a SHA-256
-                                of the adapter's tensors
+    qat_adapter.json            format version; the base: path, fingerprint, sums of its files' tensors or of its
+                                layers' weights; its plan; a SHA-256 of the adapter's tensors
 
 An adapter that plain peft wrote has no third file and is read all the same.
 """
@@ -52,7 +52,8 @@ class AdapterFile:
         config: ``adapter_config.json``.
         tensors: ``adapter_model.safetensors``, mapped from the file, by their names there.
         updates: the same, by the name of the layer in the model without adapters.
-        base: what ``qat_adapter.json`` says of the base (``path``, ``fingerprint``, ``sums``); empty without the file.
+        base: what ``qat_adapter.json`` says of the base (``path``, ``fingerprint``, ``sums`` by file, ``weights``
+            by layer); empty without the file.
         plan: the base's plan, one dict per layer; empty without the file.
     """
 

@@ -120,6 +120,11 @@ def _config_for(
     root: nn.Module, layers: Mapping[str, Any], base: str | None, plan: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """peft's own configuration of the model, with targets that match exactly the layers that have adapters."""
+    if not hasattr(root, "peft_config"):
+        raise ConfigError(
+            f"this {type(root).__name__} is a part of the network that was prepared, and names in adapter files are "
+            "relative to the whole: pass what qlora.prepare was given, or the LightningModule that was trained"
+        )
     config: dict[str, Any] = root.peft_config[ADAPTER].to_dict()  # type: ignore[union-attr, index]
     if beyond := [name for name in MORE_THAN_LORA if config.get(name)] + (
         ["bias"] if config.get("bias", "none") != "none" else []
@@ -162,8 +167,8 @@ def _base_of(root: nn.Module) -> dict[str, Any]:
     """What is known of the base, plain values; nothing when :func:`~qat_plugin.qlora.prepare` did not make it."""
     if "_qlora" not in root.__dict__:
         return {}
-    base = prepared_of(root).base
-    known: dict[str, Any] = {} if base is None else base.to_dict()
+    prepared = prepared_of(root)
+    known: dict[str, Any] = dict(prepared.source) if prepared.base is None else prepared.base.to_dict()
     known.pop("plan", None)  # the model's own plan is written beside it
     return known | {"fingerprint": base_fingerprint(root)}
 

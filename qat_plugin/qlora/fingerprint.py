@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -73,6 +74,16 @@ def fingerprint(model: nn.Module) -> str:
     for name in sorted(entries, key=clean_name):
         digest.update(f"{clean_name(name)} {entries[name]}\n".encode())
     return digest.hexdigest()
+
+
+def weight_sums(layers: Mapping[str, nn.Module]) -> tuple[str, dict[str, str]]:
+    """Float type of the first layer's weight, and name -> :func:`tensor_sum` of the weights of that type."""
+    weights = {name: layer._parameters["weight"] for name, layer in layers.items() if not is_nf4(layer)}
+    dtype = next((weight.dtype for weight in weights.values() if weight is not None), None)
+    sums = {
+        name: tensor_sum(weight) for name, weight in weights.items() if weight is not None and weight.dtype == dtype
+    }
+    return str(dtype).removeprefix("torch.") if sums else "", sums
 
 
 def directory_fingerprint(folder: str | os.PathLike[str]) -> dict[str, str]:

@@ -23,6 +23,8 @@ from qat_plugin.qat.layers import FakeQuantized
 from qat_plugin.qlora.fold import folded_weight
 from qat_plugin.qlora.merge_files import MergeRecord, merge_directory, updated_weights
 from qat_plugin.qlora.nf4 import dequantized, guard, is_nf4
+from qat_plugin.qlora.prepare import prepared_of, restore
+from qat_plugin.qlora.record import LOADED
 from qat_plugin.qlora.survival import Survival, check_requantization, survival, survival_table
 from qat_plugin.qlora.updates import adapter_layers, adapter_root, update_of
 
@@ -46,7 +48,8 @@ def merge(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
             bias or of most weights that are not NF4. In float32 nothing is lost.
 
     Returns:
-        ``model``; it stays in train or eval mode, and frozen where it was.
+        ``model``; it stays in train or eval mode. Gradients and checkpointing are as they were before
+        :func:`~qat_plugin.qlora.prepare`; what was frozen then (a base loaded in NF4, too) stays frozen.
 
     Raises:
         ConfigError: without adapters, with some that peft has merged already, with DoRA on a fake-quantized base, or
@@ -66,6 +69,8 @@ def merge(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
     _put(root, {id(each): _linear(each, dequantized(each), plain) for each in root.modules() if is_nf4(each)})
     if dtype is not None:
         _cast(root, dtype)
+    if "_qlora" in root.__dict__ and (before := prepared_of(root).before) is not None:
+        restore(root, before)
     _forget(model)
     return model
 
@@ -163,7 +168,7 @@ def _cast(root: nn.Module, dtype: torch.dtype) -> None:
 def _forget(model: nn.Module) -> None:
     """Nothing says any more that there are adapters; a head that was merged is no longer tied."""
     for module in model.modules():
-        for name in ("_qlora", "peft_config", "_hf_peft_config_loaded", "active_adapter"):
+        for name in ("_qlora", LOADED, "peft_config", "_hf_peft_config_loaded", "active_adapter"):
             module.__dict__.pop(name, None)
         _untie(module)
         _not_quantized(module)

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -56,7 +57,8 @@ class MergeRecord:
         tensors, shards: of the directory.
         bytes_written: of the weights.
         largest_shard_bytes: of the base.
-        verified: whether each tensor of the base was compared with the sum that the adapter's files have of it.
+        verified: whether the base was compared with the sums that the adapter's files have of it: all its tensors, or
+            (without a record of :func:`~qat_plugin.qlora.load_base`) the weights of the layers that merging changes.
         seconds: of merging.
         peak_host_bytes: by how much anonymous host memory grew at most; ``None`` where the system does not say.
     """
@@ -94,7 +96,8 @@ def merge_directory(
 ) -> MergeRecord:
     """Write a transformers directory with the adapter merged into its weights.
 
-    The result appears at once when all is written; a failed or killed merge leaves nothing at ``out``.
+    The result appears at once when all is written; a failed or killed merge leaves nothing at ``out``. It warns when
+    the adapter's files do not say which weights it was trained on (a foreign adapter).
 
     Args:
         base: the directory that the adapter was trained on.
@@ -136,6 +139,8 @@ def merge_directory(
     job.check_disk(target)
     with AnonymousMemory() as memory, _appearing(target) as partial:
         job.write(partial, progress)
+    if not job.verified:
+        warnings.warn(not_verified(source, file.folder), stacklevel=2)
     return MergeRecord(
         base=str(source), adapter=str(file.folder), out=str(target), into=into,
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
@@ -143,7 +148,7 @@ def merge_directory(
         requantized=job.requantized,
         tensors=job.tensors, shards=len(job.files), bytes_written=job.bytes,
         largest_shard_bytes=max(shard.stat().st_size for shard in job.files),
-        verified=bool(job.sums), seconds=time.perf_counter() - started, peak_host_bytes=memory.growth,
+        verified=job.verified, seconds=time.perf_counter() - started, peak_host_bytes=memory.growth,
     )  # fmt: skip
 
 
@@ -215,12 +220,28 @@ class _Job:
             return Entry.of(tensor, self.dtype or tensor.dtype)
         return Entry(opened.get_slice(name).get_dtype(), tuple(tensor.shape), tensor.numel() * tensor.element_size())
 
+    @property
+    def verified(self) -> bool:
+        """Whether the adapter's files have sums of all that merging changes."""
+        return bool(self.sums) or all(target.sum for target in self.targets.values())
+
     def _check_sum(self, name: str, tensor: Tensor) -> None:
-        if self.sums and self.sums.get(name) != tensor_sum(tensor):
+        target = self.targets.get(name)
+        if self.sums:
+            same = self.sums.get(name) == tensor_sum(tensor)
+        else:
+            same = target is None or not target.sum or target.sum == tensor_sum(self._as_trained(tensor))
+        if not same:
+            path = self.adapter.base.get("path") or self.adapter.config.get("base_model_name_or_path")
+            trained = f", trained on {path}" if path else ""
             raise CheckpointError(
                 f"the adapter was trained on another base: {name} in {self.base} is not what it was then "
-                f"(adapter {self.adapter.folder}, trained on {self.adapter.base.get('path')})"
+                f"(adapter {self.adapter.folder}{trained})"
             )
+
+    def _as_trained(self, tensor: Tensor) -> Tensor:
+        """In the type that it was loaded in, before it was quantized."""
+        return tensor.to(self.quantized_from or tensor.dtype)
 
     def _pieces(self, name: str, tensor: Tensor) -> Iterator[Tensor]:
         """The tensor as it will be stored, in contiguous pieces."""
@@ -245,8 +266,7 @@ class _Job:
             return lambda rows: weight[rows]
         if scheme.is_float:
             return lambda rows: weight[rows].to(scheme.float_dtype)
-        # loading casts to the model's type before it quantizes
-        return Nf4Rows(weight.to(self.quantized_from or weight.dtype), scheme, self.backend).values
+        return Nf4Rows(self._as_trained(weight), scheme, self.backend).values
 
     def _describe(self, folder: Path) -> None:
         """The configuration, and the index where there is one."""
@@ -259,6 +279,14 @@ class _Job:
             index = json.loads((self.base / _INDEX).read_text(encoding="utf-8"))
             index["metadata"] = {**(index.get("metadata") or {}), "total_size": self.bytes}
             (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def not_verified(base: Path | str, adapter: Path | str) -> str:
+    """What to know of a merge that could not be verified."""
+    return (
+        f"the base is NOT VERIFIED: the files in {adapter} do not say which weights the adapter was trained on, and "
+        f"{base} was taken as it is. On another base the merged model is wrong; measure it before it is used"
+    )
 
 
 def _check_arguments(base: Path, out: Path, into: str, dtype: torch.dtype | None) -> None:

@@ -8,7 +8,7 @@ rules map the first to the second; one prefix, the same for all layers of an ada
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,14 @@ class Target:
         update: its adapter; ``None`` for a layer that was only quantized in training.
         scheme: what it was in training, when that is to be kept (NF4, or a float type); else ``None``.
         transposed: whether the file stores it as [in, out].
+        sum: content sum of the weight in training, in the type that it had then; empty where it is not known.
     """
 
     layer: str
     update: Update | None
     scheme: Scheme | None
     transposed: bool
+    sum: str = ""
 
 
 def find_targets(
@@ -81,7 +83,8 @@ def find_targets(
     if trained_base:
         targets |= _quantized_in_training(model, adapter, scheme, stored, targets, layer_of)
     _check_shapes(base, model, targets)
-    return targets
+    sums = {layer_of(str(name)): str(total) for name, total in (adapter.base.get("weights") or {}).items()}
+    return {name: replace(target, sum=sums.get(target.layer, "")) for name, target in targets.items()}
 
 
 def updated_weights(

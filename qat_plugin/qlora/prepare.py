@@ -19,14 +19,29 @@ import torch
 from torch import nn
 
 from qat_plugin.errors import ConfigError, PrepareError
-from qat_plugin.policy import Candidate, Plan, Policy, PolicyLike, Rule, candidates, human_bytes
+from qat_plugin.policy import Candidate, Plan, Policy, PolicyLike, Rule, candidates, clean_name, human_bytes
 from qat_plugin.policy.rules import check_pattern
 from qat_plugin.qat import prepare as fake_quantize
 from qat_plugin.qlora.adapters import ALL_LINEAR, AdapterOptions, check_init, inject, lora_config, target_layers
 from qat_plugin.qlora.base import cast_layers, existing_scheme, nf4_plan, quantize_layers
+from qat_plugin.qlora.fingerprint import weight_sums
 from qat_plugin.qlora.layers import lora_layers
 from qat_plugin.qlora.neftune import add_noise, noisy_embedding
 from qat_plugin.qlora.nf4 import Backend, guard, is_nf4
+from qat_plugin.qlora.record import LOADED
+
+
+@dataclass(frozen=True)
+class Before:
+    """How a model was before it was prepared.
+
+    Attributes:
+        required: names of the parameters that required gradients.
+        checkpointing: whether its blocks were recomputed already.
+    """
+
+    required: frozenset[str]
+    checkpointing: bool
 
 
 @dataclass
@@ -42,6 +57,8 @@ class Prepared:
         gradient_checkpointing: whether blocks are recomputed in the backward pass.
         base: where the base came from, when it was loaded by :func:`~qat_plugin.qlora.load_base`.
         fingerprint: of the frozen base, once it was asked for.
+        source: what is known of a base without such a record: its type and backend, and content sums of its weights.
+        before: what :func:`~qat_plugin.qlora.merge` puts back.
     """
 
     plan: Plan
@@ -52,6 +69,8 @@ class Prepared:
     gradient_checkpointing: bool
     base: Any = None
     fingerprint: str = field(default="", compare=False)
+    source: dict[str, Any] = field(default_factory=dict, compare=False)
+    before: Before | None = field(default=None, compare=False)
 
 
 def prepare(
@@ -98,7 +117,7 @@ def prepare(
         train_also: patterns of modules that train in full (a new classification head); an adapter file cannot hold
             them.
         learn_scales: learn the scales of a fake-quantized base (LSQ).
-        record: where the base came from; :func:`~qat_plugin.qlora.load_base` returns it.
+        record: where the base came from; by default what :func:`~qat_plugin.qlora.load_base` left with the model.
 
     Returns:
         ``model``. :func:`summary` says in one line what it is now.
@@ -128,6 +147,9 @@ def prepare(
     chosen = target_layers(model, options.targets)
     _check_combination(plan, chosen, options)
     also = _matching(model, plan, train_also)
+    record = record or next((m.__dict__[LOADED] for m in model.modules() if LOADED in m.__dict__), None)
+    source = {} if record is not None else _source(model, plan, chosen, backend)
+    before = Before(required_gradients(model), _checkpoints(model))
     quantize_layers(model, plan, backend=backend, compute_dtype=compute_dtype, device=device)
     guard(model)
     integer = _integer_part(plan)
@@ -147,7 +169,8 @@ def prepare(
     checkpointed = gradient_checkpointing and checkpoint_blocks(model)
     model.train()
     trained = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    model._qlora = Prepared(plan, options, config, backend, trained, checkpointed, record)  # type: ignore[assignment]
+    prepared = Prepared(plan, options, config, backend, trained, checkpointed, record, source=source, before=before)
+    model._qlora = prepared  # type: ignore[assignment]
     return model
 
 
@@ -205,6 +228,36 @@ def base_plan(model: nn.Module, base: PolicyLike | None) -> Plan:
             entry = nf4_plan(entry, layers[entry.name])
         entries.append(entry)
     return Plan(tuple(entries), type(model).__name__)
+
+
+def required_gradients(model: nn.Module) -> frozenset[str]:
+    """Clean names of the parameters that require gradients, every name of a shared one."""
+    named = model.named_parameters(remove_duplicate=False)
+    return frozenset(clean_name(name) for name, parameter in named if parameter.requires_grad)
+
+
+def restore(model: nn.Module, before: Before) -> None:
+    """Put gradients and checkpointing of a merged model back as they were before it was prepared."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.is_floating_point():
+            parameter.requires_grad_(clean_name(name) in before.required)
+    if not before.checkpointing:
+        for module in model.modules():
+            if getattr(module, "supports_gradient_checkpointing", False) and _checkpoints(module):
+                switch: Any = module  # the older name before transformers 5.20
+                getattr(switch, "activation_checkpointing_disable", switch.gradient_checkpointing_disable)()
+                return
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
+
+
+def _source(model: nn.Module, plan: Plan, chosen: Sequence[Candidate], backend: Backend) -> dict[str, Any]:
+    """What tells later whether a directory holds this base: sums of what is quantized or gets an adapter."""
+    names = {layer.name for layer in plan if layer.scheme is not None} | {c.name for c in chosen}
+    dtype, sums = weight_sums({c.name: c.module for c in candidates(model) if c.name in names})
+    return {"backend": backend, "dtype": dtype, "weights": sums} if sums else {}
 
 
 def checkpoint_blocks(model: nn.Module) -> bool:

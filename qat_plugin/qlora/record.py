@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, Final
 
 from qat_plugin.errors import CheckpointError, did_you_mean
+
+LOADED: Final = "_qlora_loaded"
+"""Attribute of a loaded model that holds its record."""
 
 
 @dataclass(frozen=True)

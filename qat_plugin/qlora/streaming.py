@@ -29,7 +29,7 @@ from qat_plugin.qlora.contents import Contents
 from qat_plugin.qlora.fingerprint import tensor_sum
 from qat_plugin.qlora.nf4 import Backend, guard, is_nf4, state_tensors
 from qat_plugin.qlora.prepare import base_plan
-from qat_plugin.qlora.record import BaseRecord
+from qat_plugin.qlora.record import LOADED, BaseRecord
 from qat_plugin.qlora.shell import Shell
 from qat_plugin.qlora.source import (
     Source,
@@ -114,6 +114,7 @@ def load_base(
         peak_host_bytes=memory.growth, largest_tensor_bytes=contents.largest_bytes,
         quantized_bytes=base_bytes(model),
     )  # fmt: skip
+    model.__dict__[LOADED] = record
     return model, tokenizer, record
 
 

@@ -24,7 +24,7 @@ from qat_plugin.policy import human_bytes
 from qat_plugin.qat import capture_inputs, prepare
 from qat_plugin.qat import is_prepared as is_fake_quantized
 from qat_plugin.qlora.merge import check_requantization, survival_table
-from qat_plugin.qlora.merge_files import updated_weights
+from qat_plugin.qlora.merge_files import not_verified, updated_weights
 from qat_plugin.report import Report, Row
 from qat_plugin.runs.adapter_ladder import adapt
 from qat_plugin.runs.base_policy import trains_adapters
@@ -70,6 +70,8 @@ def merge_run(job: Job) -> None:
     if config.merge.scheme is not None or every:
         report = replace(report, rows=tuple(_ladder(job, adapter, out, run, every=every)))
     report = reporting.with_verdict(report)
+    if not record.verified:
+        report = replace(report, verdict=(not_verified(base, adapter), *report.verdict))
     reporting.print_report(report)
     say(f"report: {reporting.write_report(report, out)[1]}")
 

@@ -131,6 +131,15 @@ def test_names_in_a_lightning_module_are_those_of_the_network_that_was_prepared(
     load_adapter(module, tmp_path / "itself")
 
 
+def test_a_part_of_the_network_that_was_prepared_is_refused(tmp_path: Path) -> None:
+    module = lightning.LightningModule()
+    module.net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 4))
+    learned(prepare(module, rank=4))
+    with pytest.raises(ConfigError, match="this Sequential is a part of the network that was prepared.*pass what"):
+        save_adapter(module.net, tmp_path / "adapter")
+    save_adapter(module, tmp_path / "adapter")
+
+
 def test_compiled_and_parallel_wrappers_are_not_in_the_names(tmp_path: Path) -> None:
     model = prepared(llama(), dora=True)
     save_adapter(model, tmp_path / "plain")

@@ -23,6 +23,7 @@ from qat_plugin.qlora.layers import lora_layers
 from qat_plugin.qlora.merge import check_requantization, merge, survival, survival_table
 from qat_plugin.qlora.nf4 import is_nf4
 from qat_plugin.qlora.nf4_rows import Nf4Rows
+from qat_plugin.qlora.prepare import checkpoint_blocks
 from qat_plugin.qlora.survival import mean_cosines
 from qat_plugin.qlora.updates import Update, adapter_layers, update_of
 from qat_plugin.scheme import Scheme
@@ -163,14 +164,30 @@ def test_biases_modes_and_frozenness_stay_and_a_layer_used_twice_changes_where_i
     base: str | None,
 ) -> None:
     twice = nn.Linear(64, 64)
-    model = prepared(nn.Sequential(twice, nn.ReLU(), twice, nn.Linear(64, 8)), base, targets=["0"]).train()
+    network = nn.Sequential(twice, nn.ReLU(), twice, nn.Linear(64, 8).requires_grad_(False))
+    model = prepared(network, base, targets=["0"]).train()
     x = torch.randn(3, 64)
     expected = model(x)
     assert not torch.allclose(model[0](x), model[2](x))
     merged = merge(model)
     assert merged[0].bias is merged[2].bias is twice.bias and merged[0].training
-    assert not any(parameter.requires_grad for parameter in merged.parameters())
+    assert {name for name, p in merged.named_parameters() if not p.requires_grad} == {"3.weight", "3.bias"}
     torch.testing.assert_close(merged(x), expected)
+
+
+@pytest.mark.parametrize("base", ["nf4-dq", "w4a16-g32", None])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_and_checkpointing_are_put_back_as_they_were(base: str | None, checkpointing: bool) -> None:
+    model = llama(tie_word_embeddings=True)
+    model.model.norm.requires_grad_(False)
+    if checkpointing:
+        checkpoint_blocks(model)
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model = merge(prepared(model, base, gradient_checkpointing=True))
+    restored = {name: p.requires_grad for name, p in model.named_parameters() if ".fake_quantizer" not in name}
+    assert restored == trained and sum(restored.values()) == len(restored) - 1
+    blocks = [module.gradient_checkpointing for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    assert any(blocks) == checkpointing
 
 
 def test_a_fake_quantized_weight_that_another_layer_reads_is_not_changed_in_place() -> None:

@@ -25,6 +25,7 @@ from qat_plugin.qlora.fingerprint import directory_fingerprint
 from qat_plugin.qlora.merge import merge, merge_directory, survival_table
 from qat_plugin.qlora.merge_targets import updated_weights
 from qat_plugin.qlora.record import BaseRecord
+from qat_plugin.qlora.streaming import load_base
 from qat_plugin.qlora.updates import adapter_layers
 from tests.qlora.adapters import llama, prepared, with_peft
 from tests.qlora.tiny_models import FAMILIES, family, logits, mixtral, saved
@@ -121,7 +122,8 @@ def test_an_adapter_of_plain_peft_merges(tmp_path: Path) -> None:
     base, out = family("mistral", tmp_path / "base", shard="5GB"), tmp_path / "out"
     model = with_peft(load(base), use_rslora=True)
     model.save_pretrained(tmp_path / "adapter")
-    record = merge_directory(base, tmp_path / "adapter", out, progress=False)
+    with pytest.warns(UserWarning, match="the base is NOT VERIFIED: the files in .*adapter do not say"):
+        record = merge_directory(base, tmp_path / "adapter", out, progress=False)
     assert record.shards == 1 and not record.verified and not (out / INDEX).exists()
     torch.testing.assert_close(logits(load(out)), logits(model), rtol=1e-5, atol=1e-6)
 
@@ -230,6 +232,26 @@ def test_a_base_that_changed_is_found_while_it_is_read(pair: tuple[Path, Path]) 
     changed[name].view(-1)[-1] += 1e-3
     save_file(changed, file, metadata={"format": "pt"})
     refused(base, adapter, rf"trained on another base: {name} in .* is not what it was then")
+
+
+@pytest.mark.parametrize("into", ["original", "nf4"])
+@pytest.mark.parametrize("how", ["load_base", "from_pretrained"])
+def test_another_base_is_refused_for_adapters_made_in_python(how: str, into: str, tmp_path: Path) -> None:
+    base, adapter = family("llama", tmp_path / "base"), tmp_path / "adapter"
+    model = load_base(base, progress=False)[0] if how == "load_base" else load(base, torch.bfloat16)
+    save_adapter(prepared(model), adapter)
+    other = load(base)
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight[3, 5] += 0.1
+    refused(
+        saved(other, tmp_path / "other"), adapter, "trained on another base: .*down_proj.*not what it was", into=into
+    )
+    record = merge_directory(base, adapter, tmp_path / "out", into=into, progress=False)  # type: ignore[arg-type]
+    assert record.verified
+    if into == "nf4":  # quantized from the type that it was loaded in, whatever the files'
+        expected = merge(model, dtype=torch.float32).state_dict()
+        name = "model.layers.0.mlp.up_proj.weight"
+        torch.testing.assert_close(tensors(tmp_path / "out")[name], expected[name], rtol=1e-6, atol=1e-8)
 
 
 def test_an_adapter_of_another_model_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
