@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ from qat_plugin.errors import QatError
 
 MISTAKE = 2
 INTERRUPTED = 130
+READER_GONE = 141  # 128 + SIGPIPE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,17 +23,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; those of the process by default.
 
     Returns:
-        0 done, 2 a mistake of the user's (one message on stderr), 130 interrupted and resumable. A bug raises.
+        0 done, 2 a mistake of the user's (one message on stderr), 130 interrupted and resumable, 141 when the reader
+        of its output went away (``qat --help | head``). A bug raises.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(parse(given), given)
+        code = _run(parse(given), given)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return READER_GONE
     except QatError as error:
         print(f"qat: {error}", file=sys.stderr)
         return MISTAKE
     except KeyboardInterrupt:  # before a run's folder exists
         print("qat: stopped before the run began; there is nothing to save or to resume", file=sys.stderr)
         return INTERRUPTED
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads what is printed; from then on it goes nowhere, at the end of the process too."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), select.POLLOUT)
+    gone = any(event & select.POLLERR for _, event in output.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 def _run(arguments: Arguments, given: Sequence[str]) -> int:

@@ -18,7 +18,7 @@ from qat_plugin.callbacks.guards import check_other_callbacks, check_strategy
 from qat_plugin.callbacks.resuming import ResumingCallback, after_configure_model
 from qat_plugin.conversion import convert, is_converted, proof_of
 from qat_plugin.errors import CheckpointError, ConfigError
-from qat_plugin.policy import PolicyLike
+from qat_plugin.policy import Policy, PolicyLike
 from qat_plugin.qat import is_prepared as is_fake_quantized
 from qat_plugin.qat import load_quantizer_state, quantizer_state
 from qat_plugin.qlora.adapters import AdapterOptions
@@ -43,7 +43,7 @@ class QLoRAFinetuning(ResumingCallback):
         offload_activations: keep what is saved for the backward pass in host memory (CUDA).
         adapter_dtype: ``"fp32"``, ``"bf16"`` or ``"fp16"``; kept under ``precision="bf16-true"`` too.
         at_end: when the fit ends, ``"keep"`` the adapters, ``"merge"`` them into a float model, or merge and
-            ``"convert"`` a fake-quantized base to its integer kernels.
+            ``"convert"`` to integer kernels, for which the base needs an integer scheme.
         exact_resume: save generators and data position, so that a resumed run continues to the bit.
 
     Raises:
@@ -83,6 +83,11 @@ class QLoRAFinetuning(ResumingCallback):
             raise ConfigError(f"at_end={at_end!r} is not one of {', '.join(get_args(AtEnd))}")
         if adapter_dtype not in _DTYPES:
             raise ConfigError(f"adapter_dtype={adapter_dtype!r} is not one of {', '.join(_DTYPES)}")
+        if at_end == "convert" and not _has_integers(base):
+            raise ConfigError(
+                f"at_end='convert' needs a base with an integer scheme, such as base='w4a16-g32', not {base!r}; merge "
+                "with at_end='merge' and convert afterwards, or keep the adapters"
+            )
         targets = targets if isinstance(targets, str) else tuple(targets)
         train_also = (train_also,) if isinstance(train_also, str) else tuple(train_also)
         self._adapters = AdapterOptions(rank, alpha, dropout, targets, rslora, dora, init)
@@ -147,8 +152,6 @@ class QLoRAFinetuning(ResumingCallback):
         pl_module.__dict__[_MERGED] = True
         rank_zero_info("QLoRAFinetuning: adapters merged")
         if self._at_end == "convert":
-            if not is_fake_quantized(pl_module):
-                raise ConfigError("at_end='convert' needs a base with an integer scheme, such as base='w4a16-g32'")
             convert(pl_module)
             rank_zero_info(f"QLoRAFinetuning: {proof_of(pl_module)}")
 
@@ -238,6 +241,11 @@ class QLoRAFinetuning(ResumingCallback):
             raise ConfigError(
                 f"the module is prepared already with other adapters: {'; '.join(different)}. Use the same arguments"
             )
+        if self._at_end == "convert" and not is_fake_quantized(pl_module):
+            raise ConfigError(
+                "at_end='convert' needs a base with an integer scheme, and the module was prepared without one: use "
+                "qlora.prepare(model, 'w4a16-g32'), or at_end='merge'"
+            )
 
     def _stop_offloading(self) -> None:
         if self._offloading is not None:
@@ -250,6 +258,13 @@ def network_in(pl_module: L.LightningModule) -> nn.Module:
     weighty = [child for child in pl_module.children() if next(child.parameters(), None) is not None]
     transformers = [child for child in weighty if hasattr(child, "save_pretrained") and hasattr(child, "config")]
     return transformers[0] if len(transformers) == len(weighty) == 1 else pl_module
+
+
+def _has_integers(base: PolicyLike | None) -> bool:
+    """Whether a policy's words make some layer integer."""
+    policy = Policy.coerce({} if base is None else base)
+    schemes = [policy.default, *(rule.scheme for rule in policy.rules)]
+    return any(scheme is not None and scheme.is_integer for scheme in schemes)
 
 
 def _compute_dtype(trainer: L.Trainer) -> torch.dtype | None:

@@ -13,6 +13,11 @@ from qat_plugin.report.units import percent
 SURVIVES: Final = 0.9
 """Mean cosine below which a form of storage is said to lose the update."""
 
+NOTABLE: Final = 0.02
+"""Nats a prediction (2% of perplexity) that noise may hide and a model still be said to keep what was learned."""
+
+_FEW: Final = "for they were not measured on the same windows, or on too few"
+
 
 def verdict(report: Report) -> Iterator[str]:
     """Sentences that the rows of fine-tuning and the table of survival support; none for a report without them."""
@@ -32,7 +37,7 @@ def _gained(report: Report, trained: Row) -> Iterator[str]:
     beside = f"; the float model before any training has {_number(before)}" if before else ""
     difference = paired_difference(base.metrics, trained.metrics) if base.metrics and trained.metrics else None
     if difference is None:
-        yield f"{trained.name} takes the model {change}{beside}; whether that is more than noise is not known."
+        yield f"{trained.name} takes the model {change}{beside}; whether that is more than noise is not known, {_FEW}."
     elif not difference.beyond_noise:
         yield f"{trained.name} changes the model {change}, which is within noise{beside}."
     elif difference.mean > 0:
@@ -51,7 +56,14 @@ def _merging(report: Report, trained: Row) -> Iterator[str]:
             continue
         difference = paired_difference(trained.metrics, row.metrics)
         numbers = f"{_quality(row)} against {_number(trained)}"
-        if difference is None or not difference.beyond_noise:
+        if difference is None:
+            yield f"Whether the {row.name} model keeps what {trained.name} learned is not known, {_FEW}: {numbers}."
+        elif not difference.beyond_noise and difference.half_width > NOTABLE:
+            yield (
+                f"Whether the {row.name} model keeps what {trained.name} learned is not known, the held-out text is "
+                f"too short to tell within {difference.half_width:.2g} nats: {numbers}."
+            )
+        elif not difference.beyond_noise:
             yield f"The {row.name} model keeps what {trained.name} learned, within noise: {numbers}."
         elif difference.mean > 0:
             yield f"The {row.name} model is better than {trained.name} on its own base: {numbers}."

@@ -161,6 +161,9 @@ def test_other_adapters_than_the_checkpoints_are_refused(tmp_path: Path) -> None
         ({"targets": ()}, "targets is empty"),
         ({"init": "gausian"}, "Did you mean 'gaussian'"),
         ({"at_end": "ship"}, "at_end='ship'"),
+        ({"at_end": "convert"}, "at_end='convert' needs a base with an integer scheme.*not 'nf4-dq'"),
+        ({"at_end": "convert", "base": {"ffn": "nf4"}}, "at_end='convert' needs a base with an integer scheme"),
+        ({"at_end": "convert", "base": None}, "at_end='convert' needs a base with an integer scheme"),
         ({"adapter_dtype": "int8"}, "adapter_dtype='int8'"),
     ],
 )
@@ -237,6 +240,14 @@ def test_the_fit_can_end_with_a_merged_or_a_converted_model(tmp_path: Path, at_e
     assert not qlora.is_prepared(module)
     fit.test(module, tokens(8), verbose=False)
     assert (at_end == "convert") == (type(module.model.model.layers[0].mlp.up_proj.weight) is not nn.Parameter)
+
+
+def test_a_module_that_was_prepared_without_integers_is_not_trained_to_be_converted(tmp_path: Path) -> None:
+    module = Language()
+    qlora.prepare(module.model, rank=4)
+    with pytest.raises(ConfigError, match="the module was prepared without one"):
+        fitted(tmp_path, module, QLoRAFinetuning(rank=4, base="w8a8", at_end="convert"))
+    assert not module.losses
 
 
 def test_neftune_dora_and_rslora_reach_the_layers(tmp_path: Path) -> None:

@@ -49,6 +49,16 @@ def test_neither_imports_torch_or_hydra() -> None:
             assert heavy not in done.stderr
 
 
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "qat_plugin", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as done:
+        assert done.stdout is not None and done.stderr is not None
+        done.stdout.close()
+        assert done.stderr.read() == b""
+        assert done.wait() == 141
+
+
 def test_group_files_lie_where_the_root_config_says(tmp_path: Path) -> None:
     root = (conf_folder() / "config.yaml").read_text(encoding="utf-8")
     for group in groups():

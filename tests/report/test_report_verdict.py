@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qat_plugin.measure import ClassifierMetrics
-from qat_plugin.report import QAT, Report, Row, verdict_of, with_verdict
+from qat_plugin.report import MERGED, NF4_BASE, QAT, QLORA, Report, Row, verdict_of, with_verdict
 
 from .conftest import PLAN, ladder, layer, metrics, proof, timed
 
@@ -235,3 +235,23 @@ def test_the_verdict_is_stored_in_the_report_and_does_not_depend_on_itself(make_
     judged = with_verdict(report)
     assert list(judged.verdict) == verdict_of(report) == verdict_of(judged)
     assert replace(judged, verdict=()) == report
+
+
+def adapted(merged: Any, trained: float = 2.2222) -> Report:
+    """QLoRA's rows, the merged one given."""
+    return Report("a merge", rows=(Row(NF4_BASE, metrics(2.2250)), Row(QLORA, metrics(trained)), Row(MERGED, merged)))
+
+
+def test_what_a_merge_keeps_is_not_known_without_an_estimate_of_noise() -> None:
+    few = replace(metrics(2.4506), losses=(2.4, 2.5), counts=(100, 100))
+    sentence = said(adapted(few), "Whether the merged model keeps what QLoRA learned is not known")
+    assert "on too few: perplexity 11.5953 against 9.2276" in sentence
+    assert not says(adapted(few), "keeps what QLoRA learned, within noise")
+
+
+def test_a_loss_that_noise_could_hide_is_not_said_to_be_kept() -> None:
+    wide = adapted(metrics(2.4506, noise=2.0, seed=5))
+    assert says(wide, "is not known, the held-out text is too short to tell within 0.")
+    assert not says(wide, "The merged model keeps")
+    assert says(adapted(metrics(2.2223, noise=0.01, seed=5)), "The merged model keeps what QLoRA learned, within noise")
+    assert says(adapted(metrics(2.4506, noise=0.01, seed=5)), "The merged model loses some of what QLoRA learned")
