@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import os
 import threading
 import time
@@ -81,7 +82,7 @@ def native() -> Native:
             torch.ops.load_library(str(path))
         except (BuildError, OSError) as error:
             return Native(None, str(error))
-    from qat_plugin.native import meta  # noqa: F401  (registers what torch.compile must know)
+    importlib.import_module("qat_plugin.native.meta")  # registers what torch.compile must know
 
     seconds = time.monotonic() - began if built else 0.0
     return Native(str(torch.ops.qat_plugin_native.instruction_set()), "", path, seconds)

@@ -54,7 +54,7 @@ inline float round_scale(float scale, float limit, int drop) {
   const uint32_t b = bits_of(scale);
   const float fine = of_bits((b + ((1u << (drop - 1)) - 1) + ((b >> drop) & 1)) >> drop << drop);
   const float coarse = ((scale * 0x1p24f + 0x1.8p23f) - 0x1.8p23f) * 0x1p-24f;  // fp16's subnormals
-  return (std::fabs(scale) < 0x1p-17f ? coarse : fine) + 0.0f;
+  return (std::fabs(scale) >= 0x1p-17f ? fine : coarse) + 0.0f;  // NaN stays NaN by the second
 }
 
 inline float nonzero(float scale) { return scale == 0.0f ? 1.0f : scale; }

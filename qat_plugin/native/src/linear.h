@@ -66,7 +66,7 @@ struct Isa {
 
 int64_t scratch_bytes(const Job&, int64_t rows);
 const Isa& portable();
-const Isa* avx512();       // null where it was not built
+const Isa* avx512();       // on x86 only
 const Isa* avx512_bf16();  // the same with VDPBF16PS
 
 }  // namespace qat

@@ -5,9 +5,9 @@
 #include <torch/library.h>
 
 #include <cstdlib>
-#include <cstring>
 #include <string>
 
+#include "dispatch.h"
 #include "linear.h"
 
 namespace qat {
@@ -16,30 +16,14 @@ namespace {
 using at::Tensor;
 
 const Isa& isa() {
-  static const Isa& chosen = [] () -> const Isa& {
-    const char* wanted = std::getenv("QAT_PLUGIN_ISA");
-    const Isa* found[] = {nullptr, nullptr};
+  static const Isa& chosen = []() -> const Isa& {
 #ifdef QAT_X86
-    __builtin_cpu_init();
-    const bool vnni = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
-    if (vnni) found[1] = avx512();
-    if (vnni && __builtin_cpu_supports("avx512bf16")) found[0] = avx512_bf16();
+    if (has_vnni() && __builtin_cpu_supports("avx512bf16") && allowed(avx512_bf16()->name)) return *avx512_bf16();
+    if (has_vnni() && allowed(avx512()->name)) return *avx512();
 #endif
-    for (const Isa* one : found)
-      if (one && (!wanted || std::strcmp(wanted, one->name) == 0)) return *one;
     return portable();
   }();
   return chosen;
-}
-
-Float type_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat: return Float::f32;
-    case at::kBFloat16: return Float::bf16;
-    case at::kHalf: return Float::f16;
-    default: TORCH_CHECK(false, "qat_plugin: activations are ", x.scalar_type(), "; fp32, bf16 or fp16 are needed");
-  }
 }
 
 Weight weight_of(const Tensor& data, const Tensor& scale, int64_t n, int64_t k, int64_t bits) {
@@ -94,7 +78,7 @@ Tensor linear(const Tensor& x_, const Tensor& data, const Tensor& scale, const s
   const int64_t m = job.m = k ? x.numel() / k : 0;
   if (y.numel() == 0) return y;
   job.integer = integer;
-  job.out.type = type_of(x);
+  job.out.type = type_of(x.scalar_type());
   job.out.y = y.mutable_data_ptr();
   const Tensor bias = bias_ ? bias_->to(at::kFloat).contiguous() : Tensor();
   TORCH_CHECK(!bias_ || bias.numel() == n, "qat_plugin: bias has ", bias.numel(), " elements, the layer ", n, " channels");
@@ -146,7 +130,7 @@ Tensor dequantize(const Tensor& data, const Tensor& scale, int64_t n, int64_t k,
   Tensor y = at::empty({n, k}, data.options().dtype(dtype));
   const Weight w = weight_of(data, scale, n, k, bits);
   if (y.numel() == 0) return y;
-  const Float type = type_of(y);
+  const Float type = type_of(y.scalar_type());
   void* out = y.mutable_data_ptr();
   at::parallel_for(0, (n + kBlock - 1) / kBlock, 1, [&](int64_t a, int64_t b) {
     for (int64_t block = a; block < b; ++block) isa().dequantize(w, block, out, type);
