@@ -109,7 +109,7 @@ def measured(options: argparse.Namespace, dtype: str, tokens: int, mode: str) ->
     steps = {
         name: step_of(model, tokens, options, compiled=mode == "compiled") for name, model in models.items()
     }
-    found = interleaved_latency(steps, rounds=options.rounds, warmup=options.warmup)
+    found = interleaved_latency(steps, rounds=options.rounds, warmup=options.warmup, progress=False)
     seconds = {name: latency.p50 for name, latency in found.items()}
     ratios = {name: taken / seconds["plain"] for name, taken in seconds.items() if name != "plain"}
     return {"mode": mode, "dtype": dtype, "tokens": tokens, "seconds": seconds, "ratios": ratios}

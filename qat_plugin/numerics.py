@@ -16,6 +16,7 @@ Weights are ``[out_features, in_features]``; scales are ``[out_features, groups]
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -33,6 +34,7 @@ _FP16_COARSE_BELOW = 2.0**-17
 _GREATEST_SCALE = 65280.0
 _GREATEST_ASYMMETRIC_SCALE = 4064.0
 ACTIVATION_QMAX = 127
+_CHUNK = 1 << 20  # weights
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,13 @@ class Quantized:
         """The numbers the integers stand for, [out_features, in_features]; computed in float32, then rounded once."""
         return dequantize(self.q, self.scale, self.zero_point, dtype)
 
+    def rows(self, rows: slice) -> Quantized:
+        """The same for some rows, without copying."""
+        if self.scheme.per_tensor:
+            return Quantized(self.q[rows], self.scale, self.zero_point, self.scheme)
+        zero_point = None if self.zero_point is None else self.zero_point[rows]
+        return Quantized(self.q[rows], self.scale[rows], zero_point, self.scheme)
+
 
 def round_scale(scale: Tensor, *, significant_bits: int = 8) -> Tensor:
     """Round to the nearest number that bf16 and fp16 both represent exactly.
@@ -74,7 +83,7 @@ def round_scale(scale: Tensor, *, significant_bits: int = 8) -> Tensor:
     odd = (bits >> drop) & 1  # rounds half to even, as a hardware conversion to bf16 does
     rounded = ((bits + ((1 << (drop - 1)) - 1) + odd) >> drop << drop).view(torch.float32)
     coarse = torch.round(scale / _FP16_STEP) * _FP16_STEP
-    return torch.where(scale.abs() < _FP16_COARSE_BELOW, coarse, rounded) + 0.0
+    return torch.where(scale.abs() >= _FP16_COARSE_BELOW, rounded, coarse) + 0.0  # NaN stays NaN by the second
 
 
 def check_group_size(in_features: int, scheme: Scheme) -> None:
@@ -146,9 +155,23 @@ def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: S
         zero_point: as ``scale``, or ``None``.
         scheme: an integer scheme.
     """
-    levels = _levels(to_groups(weight.detach(), scheme), scale, zero_point).clamp(scheme.qmin, scheme.qmax)
-    dtype = torch.int8 if scheme.symmetric else torch.uint8
-    return Quantized(levels.reshape(weight.shape).to(dtype), scale, zero_point, scheme)
+    weight = weight.detach()
+    q = torch.empty(weight.shape, dtype=torch.int8 if scheme.symmetric else torch.uint8, device=weight.device)
+    for rows in row_chunks(weight):
+        fixed = (
+            (scale, zero_point)
+            if scheme.per_tensor
+            else (scale[rows], None if zero_point is None else zero_point[rows])
+        )
+        levels = _levels(to_groups(weight[rows], scheme), *fixed).clamp(scheme.qmin, scheme.qmax)
+        q[rows] = levels.reshape(weight[rows].shape).to(q.dtype)
+    return Quantized(q, scale, zero_point, scheme)
+
+
+def row_chunks(weight: Tensor) -> Iterator[slice]:
+    """Slices of rows that together are the weight: what is computed in float32 on the way is never large."""
+    step = max(1, _CHUNK // max(1, weight.shape[-1]))
+    return (slice(start, start + step) for start in range(0, weight.shape[0], step))
 
 
 def _levels(groups: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:

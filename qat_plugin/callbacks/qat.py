@@ -18,6 +18,7 @@ from typing_extensions import override
 from qat_plugin.callbacks.guards import check_other_callbacks, check_strategy
 from qat_plugin.callbacks.resuming import ResumingCallback, after_configure_model
 from qat_plugin.callbacks.schedule import Schedule, Steps
+from qat_plugin.callbacks.weight_reuse import TrainerReuse
 from qat_plugin.conversion import convert, dequantized_state_dict, is_converted, proof_of, reload_float
 from qat_plugin.errors import CheckpointError, ConfigError
 from qat_plugin.policy import Plan, Policy, PolicyLike
@@ -91,6 +92,7 @@ class QuantizationAwareTraining(ResumingCallback):
         self._loaded: dict[str, Any] | None = None
         self._capture: AbstractContextManager[dict[str, Tensor]] | None = None
         self._inputs: dict[str, Tensor] = {}
+        self._reuse = TrainerReuse()
 
     @property
     @override
@@ -128,6 +130,7 @@ class QuantizationAwareTraining(ResumingCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._follow_schedule(trainer, pl_module)
+        self._reuse.accumulating(trainer, pl_module)
         if not self._inputs and get_phase(pl_module) in (Phase.FAKE_QUANTIZED, Phase.FROZEN):
             self._capture = capture_inputs(pl_module)
             self._inputs = self._capture.__enter__()
@@ -140,12 +143,36 @@ class QuantizationAwareTraining(ResumingCallback):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self._reuse.drop()
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._reuse.close()
+
+    @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if is_prepared(pl_module) and trainer.state.fn == "fit":
             self._follow_schedule(trainer, pl_module)
+        self._reuse.evaluating(pl_module)
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._reuse.evaluated()
+
+    @override
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._reuse.evaluating(pl_module)
+
+    @override
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._reuse.evaluated()
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._reuse.close()
         self._stop_capture()
 
     @override
@@ -163,6 +190,7 @@ class QuantizationAwareTraining(ResumingCallback):
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._reuse.close()
         self._stop_capture()
         self._inputs = {}
         super().teardown(trainer, pl_module, stage)

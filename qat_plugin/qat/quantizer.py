@@ -117,7 +117,7 @@ class LayerQuantizer(nn.Module):
 
         Inside :func:`~qat_plugin.qat.reusing_weights`, one that did not change is not quantized again.
         """
-        reusable = weight.is_leaf and self.scheme.is_integer and (self.scale is None or self.frozen_scale is not None)
+        reusable = isinstance(weight, nn.Parameter) and self.scheme.is_integer and (self.scale is None or self.frozen_scale is not None)
         if self.reuse is None or not reusable or torch.compiler.is_compiling():
             return self.fake_weight(self.rows(weight))
         return self.reuse.fake_weight(self, weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,10 +46,10 @@ class WeightReuse:
     def fake_weight(self, quantizer: LayerQuantizer, weight: Tensor) -> Tensor:
         """The fake-quantized rows of a Parameter, made anew if it or the scales changed; differentiable."""
         sources = (weight, quantizer.frozen_scale, quantizer.frozen_zero_point)
-        state = (quantizer.phase, *map(_state, sources))
+        state = (quantizer.phase, torch.is_inference_mode_enabled(), *map(_state, sources))
         held = self._held.get(quantizer)
         rows = quantizer.rows(weight)
-        if held is not None and held.state == state and all(map(_same, held.sources, sources)):
+        if held is not None and held.state == state and all(map(operator.is_, held.sources, sources)):
             self.reused += 1
         else:
             numbers, inside = fused.quantized(rows, quantizer.scheme, *sources[1:])
@@ -58,11 +59,11 @@ class WeightReuse:
 
 
 def _state(tensor: Tensor | None) -> object:
-    return None if tensor is None else (tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape)
-
-
-def _same(held: Tensor | None, now: Tensor | None) -> bool:
-    return held is now
+    """What changes when a tensor does; torch counts the writes to all but inference tensors."""
+    if tensor is None:
+        return None
+    version = None if tensor.is_inference() else tensor._version
+    return version, tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 import platformdirs
 import torch
 
+from qat_plugin.fused import implementation
 from qat_plugin.kernels import LayerSpec, choose
 from qat_plugin.kernels.torchao_import import dropped, import_torchao
 from qat_plugin.runs.record import versions
@@ -29,6 +30,7 @@ def examination() -> str:
         "GPU": list(_gpu()),
         "Compilers": [(name, shutil.which(name) or "not found") for name in _COMPILERS],
         "Folders": list(_folders()),
+        "Fake quantization": [(device, str(implementation(device))) for device in _devices()],
         f"Kernels for a {_SIZE} x {_SIZE} layer": list(_kernels()),
         "Dropped import messages": list(_noise()),
         "Not tested here": list(_untested()),
@@ -95,6 +97,10 @@ def _kernels() -> Iterator[tuple[str, str]]:
             texts = {dtype: c.refusal or c.kernel + (f" ({c.note})" if c.note else "") for dtype, c in choices.items()}
             same = len(set(texts.values())) == 1
             yield name, next(iter(texts.values())) if same else "; ".join(f"{d}: {t}" for d, t in texts.items())
+
+
+def _devices() -> list[str]:
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def _noise() -> Iterator[tuple[str, str]]:

@@ -221,7 +221,7 @@ Pair call_activation(const Tensor& x, const Optional& scale, int64_t mask) {
   return op.call(x, scale, mask);
 }
 
-struct Weight_ : torch::autograd::Function<Weight_> {
+struct FakeQuantizeWeight : torch::autograd::Function<FakeQuantizeWeight> {
   static variable_list forward(AutogradContext* ctx, const Tensor& weight, const Optional& scale, const Optional& zero,
                                int64_t group, int64_t bits, bool symmetric, int64_t mask) {
     return finish(ctx, call_weight(weight, scale, zero, group, bits, symmetric, mask), mask);
@@ -229,7 +229,7 @@ struct Weight_ : torch::autograd::Function<Weight_> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) { return straight_through(ctx, grads, 7); }
 };
 
-struct Activation : torch::autograd::Function<Activation> {
+struct FakeQuantizeActivation : torch::autograd::Function<FakeQuantizeActivation> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Optional& scale, int64_t mask) {
     return finish(ctx, call_activation(x, scale, mask), mask);
   }
@@ -252,13 +252,13 @@ bool records(const Tensor& x) { return x.requires_grad() && at::GradMode::is_ena
 Pair weight_with_gradient(const Tensor& weight, const Optional& scale, const Optional& zero, int64_t group, int64_t bits,
                           bool symmetric, int64_t mask) {
   if (!records(weight)) return call_weight(weight, scale, zero, group, bits, symmetric, mask);
-  const variable_list found = Weight_::apply(weight, scale, zero, group, bits, symmetric, mask_for(weight));
+  const variable_list found = FakeQuantizeWeight::apply(weight, scale, zero, group, bits, symmetric, mask_for(weight));
   return {found[0], found[1]};
 }
 
 Pair activation_with_gradient(const Tensor& x, const Optional& scale, int64_t mask) {
   if (!records(x)) return call_activation(x, scale, mask);
-  const variable_list found = Activation::apply(x, scale, scale ? mask_for(x) : kNone);  // absmax / 127 cannot clip
+  const variable_list found = FakeQuantizeActivation::apply(x, scale, scale ? mask_for(x) : kNone);  // absmax / 127 cannot clip
   return {found[0], found[1]};
 }
 
