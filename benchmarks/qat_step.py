@@ -106,9 +106,7 @@ def measured(options: argparse.Namespace, dtype: str, tokens: int, mode: str) ->
     """Median seconds of each contender in one setting, and the ratios to plain."""
     torch.compiler.reset()
     models = contenders(options, DTYPES[dtype])
-    steps = {
-        name: step_of(model, tokens, options, compiled=mode == "compiled") for name, model in models.items()
-    }
+    steps = {name: step_of(model, tokens, options, compiled=mode == "compiled") for name, model in models.items()}
     found = interleaved_latency(steps, rounds=options.rounds, warmup=options.warmup, progress=False)
     seconds = {name: latency.p50 for name, latency in found.items()}
     ratios = {name: taken / seconds["plain"] for name, taken in seconds.items() if name != "plain"}
@@ -128,7 +126,9 @@ def main() -> None:
         rows.append(row)
         ratios = {name: f"{ratio:.3f}" for name, ratio in row["ratios"].items()}
         plain = 1e3 * row["seconds"]["plain"]
-        print(f"{mode:10}{dtype:6}{tokens:7}{plain:10.1f}{ratios['ours']:>8}{ratios.get('torchao', '-'):>9}", flush=True)
+        print(
+            f"{mode:10}{dtype:6}{tokens:7}{plain:10.1f}{ratios['ours']:>8}{ratios.get('torchao', '-'):>9}", flush=True
+        )
     if options.json:
         settings = {name: value for name, value in vars(options).items() if name != "json"}
         found = {

@@ -97,7 +97,9 @@ def fake_quantize_activation(x: Tensor, scale: Tensor | None = None) -> Tensor:
         return out
     if form == "compiled" and not torch.compiler.is_compiling():
         with torch.no_grad():
-            numbers, inside = _checked(_Key(x.device, x.dtype, None, scale is not None))(x.reshape(-1, x.shape[-1]), scale)
+            numbers, inside = _checked(_Key(x.device, x.dtype, None, scale is not None))(
+                x.reshape(-1, x.shape[-1]), scale
+            )
         return straight_through(x, numbers.reshape(x.shape), None if inside is None else inside.reshape(x.shape))
     return numerics.fake_quantize_activation(x, scale)
 
@@ -229,11 +231,11 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     own = types.FunctionType(
         function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
     )
-    options = {name: True for name in _EXACT if name in config.get_config_copy()}
-    return cast(Callable[..., Any], torch.compile(own, dynamic=True, fullgraph=True, options=options))
+    options: dict[str, Any] = {name: True for name in _EXACT if name in config.get_config_copy()}
+    return torch.compile(own, dynamic=True, fullgraph=True, options=options)
 
 
-def _sample(key: _Key) -> tuple[Tensor | None, ...]:
+def _sample(key: _Key) -> tuple[Any, ...]:
     """Rows of many magnitudes, with zeros among them; and the scales that would be chosen, twice too small."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(40, 72, generator=generator) * 10.0 ** torch.arange(-10, 10).repeat(2).unsqueeze(1) / 1e4

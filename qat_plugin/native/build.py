@@ -18,7 +18,8 @@ _AVX512: Final = (
     *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
 )
 _BF16: Final = "-mavx512bf16"
-_OPERATORS: Final = ("fake_quantize_ops", "ops", "attention_ops")  # the units that include PyTorch's headers; the slowest first
+# the units that include PyTorch's headers; the slowest first
+_OPERATORS: Final = ("fake_quantize_ops", "ops", "attention_ops")
 
 
 class BuildError(Exception):

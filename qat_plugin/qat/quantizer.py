@@ -117,7 +117,8 @@ class LayerQuantizer(nn.Module):
 
         Inside :func:`~qat_plugin.qat.reusing_weights`, one that did not change is not quantized again.
         """
-        reusable = isinstance(weight, nn.Parameter) and self.scheme.is_integer and (self.scale is None or self.frozen_scale is not None)
+        learning = self.scale is not None and self.frozen_scale is None  # the scales' gradient needs the weight
+        reusable = self.scheme.is_integer and not learning and isinstance(weight, nn.Parameter)
         if self.reuse is None or not reusable or torch.compiler.is_compiling():
             return self.fake_weight(self.rows(weight))
         return self.reuse.fake_weight(self, weight)

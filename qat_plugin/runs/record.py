@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Final
 
+from qat_plugin import fused
 from qat_plugin.errors import CheckpointError
 from qat_plugin.runs.atomic import write_text
 
@@ -48,6 +49,7 @@ class Record:
         status: running, interrupted, failed or finished.
         versions: of Python and the packages that compute.
         git: commit and whether there were changes, of the folder it was started in; ``None`` outside a repository.
+        fake_quantization: the form of it that ran here, and why.
         data_fingerprint: sha256 of the data.
         base: where the adapters' frozen base came from, what loading it took, its fingerprint.
         stages: the finished rungs.
@@ -65,6 +67,7 @@ class Record:
     status: str = "running"
     versions: dict[str, str] = field(default_factory=lambda: versions())
     git: dict[str, Any] | None = field(default_factory=lambda: git_state())
+    fake_quantization: str = field(default_factory=lambda: fake_quantization())
     data_fingerprint: str = ""
     base: dict[str, Any] = field(default_factory=dict)
     stages: dict[str, StageRecord] = field(default_factory=dict)
@@ -89,6 +92,7 @@ class Record:
             if schema != SCHEMA:
                 raise CheckpointError(f"{path} has the schema {schema!r}; this version of qat_plugin reads {SCHEMA!r}")
             values.setdefault("base", {})  # runs recorded before there were adapters
+            values.setdefault("fake_quantization", "plain: the only form there was")  # and before there were others
             values["stages"] = {name: StageRecord(**stage) for name, stage in values["stages"].items()}
             return cls(**{entry.name: values[entry.name] for entry in fields(cls)})
         except OSError as error:
@@ -112,6 +116,13 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def fake_quantization() -> str:
+    """Which form of fake quantization training runs, and why."""
+    import torch
+
+    return str(fused.implementation("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def git_state() -> dict[str, Any] | None:

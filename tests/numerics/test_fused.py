@@ -20,7 +20,9 @@ from qat_plugin.scheme import EXAMPLES, Scheme
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCHEMES = [
     *(scheme for scheme in map(Scheme.parse, EXAMPLES) if scheme.is_integer),
-    *map(Scheme.parse, ("w4a16-g64-asym", "w8a16-g32-asym", "w8a16-asym", "w4a16", "w8a16-tensor", "w4a16-tensor-asym")),
+    *map(
+        Scheme.parse, ("w4a16-g64-asym", "w8a16-g32-asym", "w8a16-asym", "w4a16", "w8a16-tensor", "w4a16-tensor-asym")
+    ),
 ]
 SPECIAL = [0.0, -0.0, 1e-45, -3e-40, 6e-8, 1e-30, 3e38, 65504.0, 8.4e6, float("inf"), -float("inf"), float("nan")]
 PORTABLE = "QAT_PLUGIN_ISA"
@@ -90,9 +92,7 @@ def test_activations(case: tuple[Tensor, Scheme], fixed: float | None) -> None:
     x = case[0].detach().unflatten(0, (1, -1)).requires_grad_()
     scale = None if fixed is None else torch.tensor(fixed)
     upstream = torch.randn(x.shape).to(x.dtype)
-    fast, plain = (
-        form(x, scale) for form in (fused.fake_quantize_activation, numerics.fake_quantize_activation)
-    )
+    fast, plain = (form(x, scale) for form in (fused.fake_quantize_activation, numerics.fake_quantize_activation))
     assert_same(x, fast, plain, upstream)
 
 
