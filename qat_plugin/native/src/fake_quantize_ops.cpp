@@ -178,10 +178,16 @@ Tensor call_keep_inside(const Tensor& grad, const Tensor& inside) {
   return op.call(grad, inside);
 }
 
-// A gradient that nothing else can read is written where it lies: then only the clipped ones cost anything.
+// Whether nothing else can read a tensor's memory. Transposing twice, as the gradient of a linear layer's weight is, makes
+// a view that holds its base.
+bool alone(const Tensor& x) {
+  const bool view = x.is_view();
+  return x.use_count() == 1 && x.storage().use_count() == (view ? 2 : 1) && (!view || x._base().use_count() == 1);
+}
+
+// A gradient that is ours alone is written where it lies: then only the clipped ones cost anything.
 Tensor kept(const Tensor& grad, const Tensor& inside) {
-  const bool ours = !at::GradMode::is_enabled() && !traced(grad) && grad.device().is_cpu() && grad.is_contiguous() &&
-                    grad.use_count() == 1 && grad.storage().use_count() == 1;
+  const bool ours = !at::GradMode::is_enabled() && !traced(grad) && grad.device().is_cpu() && grad.is_contiguous() && alone(grad);
   if (!ours) return call_keep_inside(grad, inside);
   keep_inside_(grad, inside, grad.mutable_data_ptr());
   return grad;
