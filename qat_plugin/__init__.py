@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qat_plugin.callbacks import ExactResume, MixedPrecision, QLoRAFinetuning, QuantizationAwareTraining
     from qat_plugin.conversion import convert, is_converted, load_converted, proof_of, save_converted
     from qat_plugin.errors import QatError
+    from qat_plugin.inference import compile_for_inference
     from qat_plugin.policy import Plan, Policy
     from qat_plugin.qat import Phase, calibrating, capture_inputs, prepare, set_phase, unprepare
     from qat_plugin.scheme import Scheme
@@ -29,6 +30,7 @@ _WHERE = {
     "proof_of": "conversion",
     "save_converted": "conversion",
     "QatError": "errors",
+    "compile_for_inference": "inference",
     "Plan": "policy",
     "Policy": "policy",
     "Phase": "qat",
@@ -53,6 +55,7 @@ __all__ = [
     "__version__",
     "calibrating",
     "capture_inputs",
+    "compile_for_inference",
     "convert",
     "is_converted",
     "load_converted",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -19,6 +21,7 @@ from qat_plugin.errors import ConversionError
 from qat_plugin.native import available
 
 ATTENTION = "qat_plugin"
+_NUMBERS = itertools.count()
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -48,7 +51,7 @@ def compile_for_inference(model: Model) -> Model:
         model.generate(ids, max_new_tokens=100)
     """
     if model.training:
-        raise ConversionError(f"{type(model).__name__} is in training mode; call .eval() before compiling for inference")
+        raise ConversionError(f"{type(model).__name__} is in training mode; call .eval() before compile_for_inference")
     if reason := _no_compiler():
         warnings.warn(f"{type(model).__name__} is not compiled: {reason}", stacklevel=2)
         return model
@@ -86,7 +89,7 @@ class _DecodeStep:
         self.names = tuple(inspect.signature(forward).parameters)
         # The modules of a finished model do not change; asking each of them before each token costs more than a layer.
         guards = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-        self.compiled = torch.compile(forward, dynamic=None, options=cast("dict[str, Any]", guards))
+        self.compiled = torch.compile(_with_code_of_its_own(forward), options=cast("dict[str, Any]", guards))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         named = {**dict(zip(self.names, args, strict=False)), **kwargs}
@@ -100,6 +103,16 @@ class _DecodeStep:
             return self(*args, **kwargs)
 
         return forward
+
+
+def _with_code_of_its_own(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A function around ``forward``: what is compiled is kept by code object, and models of one class share theirs."""
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    code = step.__code__.replace(co_name=f"decode_step_{next(_NUMBERS)}")
+    return types.FunctionType(code, step.__globals__, code.co_name, closure=step.__closure__)
 
 
 def _adds_one_token(named: dict[str, Any]) -> bool:

@@ -49,12 +49,13 @@ def convert(
     *,
     inputs: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
+    reversible: bool = True,
 ) -> nn.Module:
     """Give a model real integer storage and real integer kernels, in place.
 
     A prepared model is converted with the scales training ended with; any other model is quantized by rounding to
     nearest with min-max scales. The result is for inference: its parameters no longer require gradients, and a backward
-    pass raises. Float weights are let go when the last layer is proven, so that memory peaks at both.
+    pass raises.
 
     Args:
         model: any module, prepared or not.
@@ -63,13 +64,16 @@ def convert(
             layers without any are proven on random rows.
         dtype: the float type to run in (for example ``torch.bfloat16``, in which the INT4 kernels are fast): what is
             not quantized is cast, the integers stay those of training.
+        reversible: keep the float weights until the last layer is proven, so that a failure leaves the model as it was;
+            memory peaks at both. Without it each float weight is let go with its layer, memory peaks at the float model
+            and less than three times its largest layer, and a model that fails halfway must be loaded anew.
 
     Returns:
         ``model``. :func:`proof_of` tells what was checked.
 
     Raises:
         ConversionError: when the model is already converted, when a layer has no kernel here, or when a layer fails its
-            proof; the model is then what it was.
+            proof; the model is then what it was (or, with ``reversible=False``, partly converted: the message says so).
         PrepareError: for NaN weights, or a static scheme without calibration.
 
     Example::
@@ -86,6 +90,7 @@ def convert(
             raise ConversionError("convert(model) needs a plan or a policy for a model that was not prepared")
         prepare(model, plan)
     phase, agreed = get_phase(model), plan_of(model)
+    layers: dict[str, nn.Module] = {}
     done: list[LayerConversion] = []
     casts: dict[int, nn.Parameter] = {}
     try:
@@ -93,8 +98,15 @@ def convert(
             _check_same_plan(model, plan)
         layers = _ready(model, dtype)
         with torch.inference_mode(False):  # what is made here outlives it
-            proof = _convert_layers(layers, _checked(inputs or {}, layers), dtype, done, casts)
-    except BaseException:
+            proof = _convert_layers(layers, _checked(inputs or {}, layers), dtype, done, casts, reversible)
+    except BaseException as failure:
+        if gone := sum(conversion.gone for conversion in done):
+            if not isinstance(failure, Exception):
+                raise
+            raise ConversionError(
+                f"{type(model).__name__} is partly converted ({gone} of {len(layers)} layers) and their float weights "
+                f"are gone, as reversible=False allows: load it anew. {failure}"
+            ) from failure
         for conversion in reversed(done):
             conversion.take_back()
         if fresh:
@@ -199,6 +211,7 @@ def _convert_layers(
     dtype: torch.dtype | None,
     done: list[LayerConversion],
     casts: dict[int, nn.Parameter],
+    reversible: bool,
 ) -> Proof:
     """Convert and prove each layer; layers tied in one format go on sharing one Parameter.
 
@@ -206,6 +219,7 @@ def _convert_layers(
         layers, inputs, dtype: what to convert, on what to prove it, the float type to run in.
         done: collects the layers begun, for taking them back.
         casts: collects the float parameters cast.
+        reversible: keep what it takes to undo each conversion.
     """
     keys = sharing_keys(layers)
     multiplying = {keys[name]: name for name in reversed(list(layers)) if not isinstance(layers[name], nn.Embedding)}
@@ -217,6 +231,8 @@ def _convert_layers(
             source: LayerQuantizer = getattr(layers[multiplying.get(keys[name], name)], ATTRIBUTE)
             made[keys[name]] = converted_weight(source, done[-1].weight, done[-1].dtype)
         proofs.append(done[-1].run(inputs.get(name), made[keys[name]], casts))
+        if not reversible:
+            done[-1].let_go()
     return Proof(tuple(proofs))
 
 

@@ -15,6 +15,7 @@ from qat_plugin.errors import ConversionError, PrepareError
 from qat_plugin.kernels import kernel_named
 from qat_plugin.kernels.table import ROUNDING
 from qat_plugin.kernels.weight import CastWeight, QuantizedWeight
+from qat_plugin.numerics import row_chunks
 from qat_plugin.qat import LayerQuantizer
 from qat_plugin.qat.layers import ATTRIBUTE, FakeQuantized, extend, keeps_own_forward, restore
 
@@ -39,6 +40,7 @@ class LayerConversion:
         self._modes = {module: module.training for module in layer.modules()}
         self._parameters = {module: dict(module._parameters) for module in layer.modules()}
         self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self.gone = False
 
     def run(self, rows: Tensor | None, converted: nn.Parameter, casts: dict[int, nn.Parameter]) -> LayerProof:
         """Put the converted weight in place of the trained one, and prove it.
@@ -81,6 +83,12 @@ class LayerConversion:
             module.training = mode
         self._hook = layer.register_load_state_dict_pre_hook(requantize_on_load)
         return proof.check()
+
+    def let_go(self) -> None:
+        """Keep nothing of the float layer any more: it cannot be taken back."""
+        self.gone = True
+        del self.weight
+        self._parameters.clear()
 
     def take_back(self) -> None:
         """Make the layer what it was: prepared, on its float weight."""
@@ -142,7 +150,6 @@ class LayerConversion:
         converted = self.layer._parameters["weight"]
         assert isinstance(converted, (QuantizedWeight, CastWeight))
         kernel = getattr(converted, "kernel_name", "cast")
-        difference = converted.dequantize(expected.dtype) - expected
         tolerances = [
             ROUNDING.get(dtype, 1e-2) if kernel == "cast" else kernel_named(kernel).tolerance(dtype)
             for dtype in {self.dtype, self.weight.dtype}
@@ -153,11 +160,22 @@ class LayerConversion:
             self.quantizer.layer.name,
             str(self.quantizer.scheme),
             kernel,
-            difference.abs().max().item() if difference.numel() else 0.0,
+            largest_difference(converted, expected),
             relative_error(output, reference),
             max(tolerances),
             "real" if real else "random",
         )
+
+
+def largest_difference(converted: QuantizedWeight | CastWeight, expected: Tensor) -> float:
+    """max |converted - expected| over the numbers of a weight in its module's orientation; a part at a time."""
+    if isinstance(converted, CastWeight):
+        parts = ((converted.data_[rows].to(expected.dtype), expected[rows]) for rows in row_chunks(expected))
+    else:
+        held, rowwise = converted.integers(), expected.t() if converted.transposed else expected
+        parts = ((held.rows(rows).dequantize(expected.dtype), rowwise[rows]) for rows in row_chunks(rowwise))
+    largest = [(number - wanted).abs().max() for number, wanted in parts if wanted.numel()]
+    return float(torch.stack(largest).max()) if largest else 0.0
 
 
 def converted_weight(quantizer: LayerQuantizer, weight: Tensor, dtype: torch.dtype) -> nn.Parameter:

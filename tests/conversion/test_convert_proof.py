@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -202,6 +205,38 @@ def test_layers_within_layers(dtype: torch.dtype | None) -> None:
     expected = model(x).detach()
     convert(model, dtype=dtype)
     torch.testing.assert_close(model(x.to(dtype or x.dtype)).float(), expected, rtol=0.05, atol=0.05)
+
+
+class TestWithoutAWayBack:
+    def test_it_converts_the_same(self) -> None:
+        x = batch("llama")
+        model = llama()
+        kept = convert(copy.deepcopy(model), "w4a16-g32")
+        let_go = convert(model, "w4a16-g32", reversible=False)
+        assert torch.equal(output(kept, x), output(let_go, x))
+        assert str(proof_of(kept)) == str(proof_of(let_go))
+
+    def test_float_weights_go_layer_by_layer(self, with_kernel: Any) -> None:
+        model = MLP()
+        floats, alive = [weakref.ref(model.up.weight), weakref.ref(model.down.weight)], []
+
+        class Watching(Wrong):
+            """Sees, before "down" is packed, which float weights are still there."""
+
+            def pack(self, quantized: Quantized, spec: LayerSpec) -> Packed:
+                gc.collect()
+                alive.append([weight() is not None for weight in floats])
+                return super().pack(quantized, spec)
+
+        with_kernel(Watching())
+        convert(model, "w4a16-g32", reversible=False)
+        assert alive == [[False, True]]
+        assert [weight() is not None for weight in floats] == [False, False]
+
+    def test_a_failure_says_what_is_left(self, with_kernel: Any) -> None:
+        with_kernel(Louder())
+        with pytest.raises(ConversionError, match=r"MLP is partly converted \(1 of 2 layers\).*load it anew. down: "):
+            convert(MLP(), "w4a16-g32", reversible=False)
 
 
 class TestInputs:

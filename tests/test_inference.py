@@ -1,0 +1,169 @@
+"""compile_for_inference: the same model, two of one class apart, any prompt; attention of one token against SDPA."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from qat_plugin import convert, native
+from qat_plugin.errors import ConversionError
+from qat_plugin.inference import ATTENTION, compile_for_inference
+from tests.qlora.tiny_models import FAMILIES
+
+needs_native = pytest.mark.skipif(not native.available(), reason=f"no native operators: {native.native().reason}")
+DTYPES = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+
+@needs_native
+@settings(deadline=None, max_examples=60)
+@given(
+    batch=st.integers(1, 3), groups=st.integers(1, 3), ratio=st.integers(1, 4), length=st.integers(1, 70),
+    width=st.sampled_from([1, 8, 16, 33, 64, 80, 128, 256]), dtype=st.sampled_from(list(DTYPES)),
+    masked=st.sampled_from(["none", "one for all", "each"]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_one_token_attends_as_in_float64(
+    batch: int, groups: int, ratio: int, length: int, width: int, dtype: torch.dtype, masked: str, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    query = random(batch, 1, groups * ratio, width).transpose(1, 2)  # as the models give them: not contiguous
+    key, value = (random(batch, length, groups, width).transpose(1, 2) for _ in range(2))
+    mask = None
+    if masked != "none":
+        mask = torch.rand(batch if masked == "each" else 1, 1, 1, length, generator=generator) < 0.6
+        mask[..., seed % length] = True
+        unseen = ~mask.expand(batch, 1, 1, length).transpose(2, 3)
+        key, value = key.masked_fill(unseen, torch.nan), value.masked_fill(unseen, torch.nan)
+    found = torch.ops.qat_plugin_native.attend(query, key, value, mask, 0.3)
+    wanted = F.scaled_dot_product_attention(
+        query.double(), key.nan_to_num().double(), value.nan_to_num().double(), attn_mask=mask, scale=0.3,
+        enable_gqa=True,
+    )  # fmt: skip
+    assert found.shape == (batch, 1, groups * ratio, width) and found.dtype == dtype
+    assert (found.double() - wanted.transpose(1, 2)).norm() <= 3 * DTYPES[dtype] * wanted.norm()
+
+
+@needs_native
+def test_attention_refuses_what_does_not_fit() -> None:
+    attend, x = torch.ops.qat_plugin_native.attend, torch.zeros(1, 4, 1, 8)
+    with pytest.raises(RuntimeError, match=r"takes query \[B, H, 1, D\]"):
+        attend(torch.zeros(1, 4, 2, 8), x, x, None, 1.0)
+    with pytest.raises(RuntimeError, match="does not fit key"):
+        attend(x, torch.zeros(1, 3, 5, 8), torch.zeros(1, 3, 5, 8), None, 1.0)
+    with pytest.raises(RuntimeError, match="the mask is not bool"):
+        attend(x, torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5, 8), torch.zeros(1, 1, 1, 5), 1.0)
+    with pytest.raises(RuntimeError, match="query is Float, key"):
+        attend(x, torch.zeros(1, 2, 5, 8).half(), torch.zeros(1, 2, 5, 8).half(), None, 1.0)
+
+
+def llama(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    model = FAMILIES["llama"]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def decoded(model: Any, ids: torch.Tensor, steps: int = 4, size: int = 24, mask: torch.Tensor | None = None) -> Any:
+    """Logits of a prompt's last token and of the tokens fed after it, on a static cache."""
+    cache, found = tf.StaticCache(model.config, max_cache_len=size), []
+    with torch.inference_mode():
+        for step in range(steps + 1):
+            found.append(model(input_ids=ids, past_key_values=cache, use_cache=True, attention_mask=mask).logits[:, -1])
+            ids = torch.full((ids.shape[0], 1), 5 + step)
+            mask = None if mask is None else F.pad(mask, (0, 1), value=1)
+    return torch.stack(found, 1)
+
+
+def prompt(rows: int = 1, length: int = 9) -> torch.Tensor:
+    return torch.randint(0, 64, (rows, length), generator=torch.Generator().manual_seed(length))
+
+
+@pytest.mark.slow
+def test_steps_are_those_of_the_model_and_two_models_stay_apart() -> None:
+    """What torch.compile keeps is kept by code object: two models of one class must not take each other's weights."""
+    floats = [llama(0), llama(1)]
+    originals = [convert(model, "w8a8") for model in copy.deepcopy(floats)]
+    compiled = [compile_for_inference(convert(model, "w8a8")) for model in floats]
+    for _ in range(2):
+        for original, fast in zip(originals, compiled, strict=True):
+            torch.testing.assert_close(decoded(fast, prompt()), decoded(original, prompt()), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(decoded(compiled[0], prompt()), decoded(compiled[1], prompt()))
+    original, fast = originals[0], compiled[0]
+    for rows, size in ((3, 30), (2, 40)):  # other caches, other batches
+        torch.testing.assert_close(
+            decoded(fast, prompt(rows), size=size), decoded(original, prompt(rows), size=size), rtol=1e-4, atol=1e-4
+        )
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9])  # a batch padded on the left
+    torch.testing.assert_close(
+        decoded(fast, prompt(2), mask=mask), decoded(original, prompt(2), mask=mask), rtol=1e-4, atol=1e-4
+    )
+    ids = prompt()
+    assert torch.equal(
+        fast.generate(ids, max_new_tokens=8, do_sample=False),
+        original.generate(ids, max_new_tokens=8, do_sample=False),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mistral", "gemma3", "gpt2"])
+def test_other_families(name: str) -> None:
+    torch.manual_seed(0)
+    original = FAMILIES[name]().eval()
+    fast = compile_for_inference(copy.deepcopy(original))
+    torch.testing.assert_close(decoded(fast, prompt(2)), decoded(original, prompt(2)), rtol=1e-4, atol=1e-4)
+
+
+def test_the_attention_of_one_token_is_ours_where_it_was_sdpa() -> None:
+    model = llama()
+    eager = tf.LlamaForCausalLM(copy.deepcopy(model.config))
+    eager.set_attn_implementation("eager")
+    compile_for_inference(eager.eval())
+    assert eager.config._attn_implementation == "eager", "a choice of the user's stays"
+    assert compile_for_inference(model) is model
+    assert compile_for_inference(model) is model, "a second call changes nothing"
+    expected = ATTENTION if native.available() else "sdpa"
+    assert model.config._attn_implementation == expected
+    ids = prompt(2)
+    growing = model.generate(ids, max_new_tokens=3, do_sample=False, cache_implementation="dynamic")
+    assert growing.shape == (2, 12)
+
+
+def test_training_and_gradients_are_left_alone() -> None:
+    with pytest.raises(ConversionError, match="is in training mode"):
+        compile_for_inference(llama().train())
+    model = compile_for_inference(llama())
+    model(input_ids=prompt(), labels=prompt()).loss.backward()
+    assert model.model.layers[0].self_attn.q_proj.weight.grad is not None
+
+
+def test_without_a_compiler_the_model_stays_as_it_is() -> None:
+    model = llama()
+    forward = model.forward
+    absent = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with absent, pytest.warns(UserWarning, match="LlamaForCausalLM is not compiled: torch.compile needs a C"):
+        assert compile_for_inference(model) is model
+    assert model.forward == forward
+
+
+@pytest.mark.slow
+def test_any_module_is_compiled_as_a_whole() -> None:
+    torch.manual_seed(0)
+    model = convert(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), "w4a16-g32").eval()
+    x = torch.randn(5, 64)
+    expected = model(x)
+    with torch.inference_mode():
+        for rows in (5, 3, 1):
+            torch.testing.assert_close(compile_for_inference(model)(x[:rows]), expected[:rows], rtol=1e-5, atol=1e-5)
