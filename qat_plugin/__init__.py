@@ -12,11 +12,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from qat_plugin.callbacks import ExactResume, MixedPrecision, QLoRAFinetuning, QuantizationAwareTraining
-    from qat_plugin.conversion import convert, is_converted, load_converted, proof_of, save_converted
+    from qat_plugin.conversion import load_converted, save_converted
+    from qat_plugin.conversion.convert import convert, is_converted, proof_of
     from qat_plugin.errors import QatError
     from qat_plugin.inference import compile_for_inference
     from qat_plugin.policy import Plan, Policy
-    from qat_plugin.qat import Phase, calibrating, capture_inputs, prepare, set_phase, unprepare
+    from qat_plugin.qat import Phase, calibrating, capture_inputs
+    from qat_plugin.qat.prepare import prepare, set_phase, unprepare
     from qat_plugin.scheme import Scheme
 
 _WHERE = {

@@ -25,7 +25,7 @@ from typing import Any, Final, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from qat_plugin import numerics
+import qat_plugin.numerics as numerics
 from qat_plugin.native import available, native
 from qat_plugin.scheme import Scheme
 

@@ -55,16 +55,17 @@ def compile_for_inference(model: Model) -> Model:
     if reason := _no_compiler():
         warnings.warn(f"{type(model).__name__} is not compiled: {reason}", stacklevel=2)
         return model
-    if not hasattr(model, "generation_config"):
-        model.compile(dynamic=None)
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is None:
+        model.compile()
         return model
     if "_qat_decode" not in model.__dict__:
         _use_attention(model)
         step = _DecodeStep(model.forward)
         model.__dict__["_qat_decode"] = step
         model.forward = step.as_method()
-        model.generation_config.cache_implementation = "static"
-        model.generation_config.disable_compile = True  # generate() would compile the step a second time
+        generation.cache_implementation = "static"
+        generation.disable_compile = True  # generate() would compile the step a second time
     return model
 
 

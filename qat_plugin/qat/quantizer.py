@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qat_plugin import fused
+import qat_plugin.fused as fused
 from qat_plugin.errors import CheckpointError, PrepareError
 from qat_plugin.numerics import (
     Quantized,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from qat_plugin import fused
+import qat_plugin.fused as fused
 from qat_plugin.qat.layers import ATTRIBUTE
 from qat_plugin.qat.prepare import required_layers
 from qat_plugin.qat.quantizer import LayerQuantizer
