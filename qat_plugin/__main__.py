@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import select
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from qat_plugin import __version__
 from qat_plugin.config.arguments import Arguments, parse
@@ -28,19 +28,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = _run(parse(given), given)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        if not _reader_is_gone():
-            raise
-        return READER_GONE
+        return _read(lambda: _run(parse(given), given))
     except QatError as error:
         print(f"qat: {error}", file=sys.stderr)
         return MISTAKE
     except KeyboardInterrupt:  # before a run's folder exists
         print("qat: stopped before the run began; there is nothing to save or to resume", file=sys.stderr)
         return INTERRUPTED
+
+
+def _read(act: Callable[[], int]) -> int:
+    """The exit code of what prints, 141 where its reader goes away (``qat --help | head``)."""
+    try:
+        code = act()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return READER_GONE
+    return code
 
 
 def _reader_is_gone() -> bool:
@@ -75,7 +81,7 @@ def _run(arguments: Arguments, given: Sequence[str]) -> int:
                 print("loading torch, Lightning and transformers ...", file=sys.stderr)
             from qat_plugin.runs.jobs import run_job  # not before the recipe is known to be sound
 
-            return run_job(job, given)
+            return _read(lambda: run_job(job, given))  # here already: Hydra would tell of the error
 
         return launch(arguments, run)
     return 0

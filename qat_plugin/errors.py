@@ -42,9 +42,9 @@ class ConfigError(QatError):
     """A recipe, a command-line key or an argument's value is not allowed."""
 
 
-def did_you_mean(given: str, allowed: Iterable[str]) -> str:
+def did_you_mean(given: str, allowed: Iterable[str], cutoff: float = 0.5) -> str:
     """Return " Did you mean 'x'?" for the closest of ``allowed``, or an empty string when nothing is close."""
-    close = difflib.get_close_matches(given, [str(name) for name in allowed], n=3, cutoff=0.5)
+    close = difflib.get_close_matches(given, [str(name) for name in allowed], n=3, cutoff=cutoff)
     if not close:
         return ""
     return " Did you mean " + " or ".join(repr(name) for name in close) + "?"

@@ -152,6 +152,9 @@ def _take_run(found: _Reading) -> None:
         return
     if found.resume is not None and found.run is not None:
         raise ConfigError(f"resume={found.resume} and run={found.run} exclude each other: give one folder")
+    if not folder.strip():
+        key = "run=" if found.resume is None else "resume="
+        raise ConfigError(f"{key} names no folder: give {key}DIR, the folder that qat printed")
     chosen = [argument for argument in found.hydra if re.match(r"\+*recipe=", argument)]
     if chosen:
         raise ConfigError(f"{chosen[0]} is not allowed here: {folder} holds the recipe of its run")

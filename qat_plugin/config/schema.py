@@ -141,11 +141,17 @@ class MergeConfig:
         metadata=help_text("schemes whose cost is measured beside, each on the merged weights"),
     )
     adapter: str | None = option(None, "task=merge: folder of the adapter; null for that of run=DIR")
-    out: str | None = option(None, "task=merge: folder to write; null for merged/ in the run's folder")
+    out: str | None = option(
+        None,
+        "task=merge: folder to write, which must be new; null for merged-nf4/ or merged-original/ in the run's folder. "
+        "With merge.scheme the converted model goes beside it, into OUT-SCHEME/",
+    )
     evaluate: bool | None = option(
         None, "task=merge: measure the adapter on its base and each form of the merge; null where memory is enough"
     )
-    accept_loss: bool = option(False, "merge into NF4 all the same, where it erases small updates")
+    accept_loss: bool = option(
+        False, "task=merge: measure NF4 as merge.scheme all the same, where it erases small updates"
+    )
 
     def __post_init__(self) -> None:
         check_choice("merge.into", self.into, ("original", "nf4"))
@@ -157,9 +163,17 @@ class MergeConfig:
 class PlanConfig:
     """What task=plan counts with."""
 
-    gpu_gib: float | None = option(None, "memory of the card in GiB; null for the card's, or any that fits")
-    card: str | None = option(None, "card whose peak figures to use, such as h100; null for what is here or fits")
-    shape: str | None = option(None, "architecture to plan for where no model.path is given, such as llama-3-70b")
+    gpu_gib: float | None = option(
+        None,
+        "size of the card as it is sold, such as 16, 24, 48 or 80; torch has less of it, as the plan says; null "
+        "for the card's, or any that fits",
+    )
+    card: str | None = option(
+        None, "card to plan for, by its memory and peak figures, such as h100; null for what is here or fits"
+    )
+    shape: str | None = option(
+        None, "task=plan: architecture in place of a model where no model.path is given, such as llama-3-70b"
+    )
 
     def __post_init__(self) -> None:
         check_above("plan.gpu_gib", self.gpu_gib, 0)

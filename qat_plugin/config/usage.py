@@ -35,7 +35,7 @@ Examples
   qat task=doctor                                         what this machine can do
 
 Exit codes: 0 done, 2 a mistake in what was given, 3 a plan whose run will not fit,
-            130 stopped by Ctrl-C (resumable), 1 a bug (with its traceback).
+            130 stopped by Ctrl-C (resumable), 141 nobody reads the output, 1 a bug (with its traceback).
 A class of your own in _target_ needs its package allowed: allow=[my_package], or QAT_ALLOW=my_package.
 Also: --config-dir FOLDER, -m, --cfg job (show the composed recipe), --version, --hydra-help, --shell-completion."""
 
@@ -55,6 +55,7 @@ def help_text(folders: Sequence[Path] = ()) -> str:
             parts += [
                 "Schemes (policy.default=NAME, policy.rules.ROLE=NAME, scheme@policy.rules.ROLE=NAME)",
                 f"  {names}",
+                "  nf4 and nf4-dq are for the frozen base of adapters (lora=default), the others for all",
                 "",
             ]
         else:

@@ -115,7 +115,8 @@ def _conversation(record: Any, where: str) -> Conversation:
 
 def _turns(messages: Any, role: str, content: str, where: str) -> Conversation:
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: the messages are {type(messages).__name__}, a list of turns is needed: {FORMS}")
+        found = "an empty list" if messages == [] else type(messages).__name__
+        raise DataError(f"{where}: the messages are {found}, a list of turns is needed: {FORMS}")
     turns = []
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, Mapping) or not isinstance(message.get(content), str):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
@@ -51,7 +51,8 @@ class InstructionData(L.LightningDataModule):
         tokenizer: a transformers tokenizer; its chat template is used if it has one, else Alpaca's plain form.
         train: path of a .jsonl file, or a .json array, of chat, Alpaca or prompt/completion records.
         valid: the same; without it the last ``valid_fraction`` of the training records is held out.
-        sequence_length: T of a window; with packing a longer example goes on in another window, else it is cut off.
+        sequence_length: T of a window; with packing a longer example goes on in another window, where it is learned
+            without its beginning; else it is cut off.
         packing: several examples in a window, none of which sees another.
         answers_only: learn the answers, not the prompts.
         batch_size, eval_batch_size, eval_tokens, seed, valid_fraction, num_workers, progress: as for
@@ -95,13 +96,19 @@ class InstructionData(L.LightningDataModule):
         self.seed, self.valid_fraction, self.num_workers = seed, valid_fraction, num_workers
         self._progress = progress
         self._windows: tuple[Any, Any] | None = None
-        self._fingerprint = ""
+        self._fingerprint = self._summary = ""
 
     @property
     def fingerprint(self) -> str:
         """sha256, in hexadecimal, of the conversations trained and evaluated on."""
         self.setup()
         return self._fingerprint
+
+    @property
+    def summary(self) -> str:
+        """One line: what was made of the files."""
+        self.setup()
+        return self._summary
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -121,8 +128,16 @@ class InstructionData(L.LightningDataModule):
         else:
             valid = self._read(self.valid)
         self._fingerprint = hashlib.sha256((train.fingerprint + valid.fingerprint).encode()).hexdigest()
-        limited = _first_tokens(self._encoded(valid), self.eval_tokens)
-        self._windows = (self._dataset(self._encoded(train), train.source), self._dataset(limited, valid.source))
+        unseen, examples = self._encoded(valid), self._encoded(train)
+        limited = _first_tokens(unseen, self.eval_tokens)
+        self._windows = (self._dataset(examples, train.source), self._dataset(limited, valid.source))
+        split = f"the last {self.valid_fraction:.0%} of the file" if self.valid is None else valid.source
+        used = f", the first {len(limited)} of them used" if len(limited) < len(unseen) else ""
+        template = getattr(self.tokenizer, "chat_template", None)
+        form = "chat template" if template else "Alpaca form, no chat template"
+        train_on, held_out_on = (_counted(each, self.answers_only) for each in (examples, unseen))
+        self._summary = f"{train.source}: {train_on} to train on; held out {held_out_on} ({split}{used}); {form}"
+        rank_zero_info(f"InstructionData: {self._summary}")
 
     @override
     def train_dataloader(self) -> Batches:
@@ -174,7 +189,8 @@ class InstructionData(L.LightningDataModule):
             if long:
                 rank_zero_warn(
                     f"{source}: {long} of {len(examples)} examples are longer than sequence_length="
-                    f"{self.sequence_length} and go on in another window, where they do not see their beginning"
+                    f"{self.sequence_length} and go on in another window, where the rest is learned without its "
+                    "beginning, the prompt. Raise sequence_length, or cut the rest off with packing=false"
                 )
             return dataset
         kept = [(ids, labels) for ids, labels in examples if bool((labels[1 : self.sequence_length] != IGNORED).any())]
@@ -199,6 +215,15 @@ class InstructionData(L.LightningDataModule):
             return None
         padding = self._padding
         return lambda examples: padded(examples, padding)
+
+
+def _counted(examples: list[Example], answers_only: bool) -> str:
+    """Examples and tokens, in words."""
+    tokens = sum(len(ids) for ids, _ in examples)
+    learned = sum(int((labels != IGNORED).sum()) for _, labels in examples)
+    plural = "s" * (len(examples) != 1)
+    which = "in answers" if answers_only else "learned"
+    return f"{len(examples):,} example{plural} of {tokens:,} tokens ({learned:,} {which})"
 
 
 def _first_tokens(examples: list[Example], limit: int | None) -> list[Example]:

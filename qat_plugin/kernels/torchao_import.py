@@ -2,8 +2,9 @@
 
 On a machine without CUDA its import logs, on two loggers, that CUDA libraries do not load and that an enum's
 registration is deprecated; bitsandbytes' logs that an optional kernel was not found. A filter drops those known texts
-during our own import only; ``qat task=doctor`` shows what was dropped. On a CUDA machine nothing is filtered: there a
-library that does not load matters.
+during our own import only; ``qat task=doctor`` shows what was dropped. transformers and peft import torchao too: where
+a script imports them before this package does, their noise is not ours to silence. On a CUDA machine nothing is
+filtered: there a library that does not load matters.
 """
 
 from __future__ import annotations

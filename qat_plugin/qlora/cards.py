@@ -20,7 +20,7 @@ from typing import Final
 import torch
 
 from qat_plugin.errors import ConfigError, did_you_mean
-from qat_plugin.qlora.forecast import Forecast
+from qat_plugin.qlora.forecast import CARD_GIB, Forecast
 from qat_plugin.qlora.nf4 import nf4_bytes
 
 SHARES: Final = (0.3, 0.5)
@@ -46,6 +46,7 @@ class Card:
 
 # NVIDIA's datasheets; figures with sparsity halved.
 CARDS: Final = (
+    Card("RTX 4080", 16, 97.5, 717),
     Card("RTX 4090", 24, 165.2, 1008),
     Card("A100 40GB", 40, 312.0, 1555),
     Card("RTX A6000", 48, 154.8, 768),
@@ -55,6 +56,15 @@ CARDS: Final = (
     Card("H100", 80, 989.4, 3350),
     Card("H200", 141, 989.4, 4800),
 )
+
+
+LEAST_SHARE: Final = min(usable / sold for sold, usable in CARD_GIB.items())
+"""Of the GB that a card is sold as, the share that torch finds in GiB at least."""
+
+
+def usable_gib(sold: float) -> float:
+    """GiB that torch has on a card sold as so many GB: known for standard sizes, else the least share of theirs."""
+    return CARD_GIB.get(sold, LEAST_SHARE * sold)  # type: ignore[call-overload, no-any-return]
 
 
 def card_named(name: str) -> Card:
@@ -67,7 +77,7 @@ def card_named(name: str) -> Card:
         if _plain(card.name) == _plain(name):
             return card
     names = [card.name for card in CARDS]
-    raise ConfigError(f"card {name!r} is not one of {', '.join(names)}.{did_you_mean(name, names)}")
+    raise ConfigError(f"the card {name!r} is not one of {', '.join(names)}.{did_you_mean(name, names)}")
 
 
 def card_of_size(gib: float) -> Card:

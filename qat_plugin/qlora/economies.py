@@ -61,7 +61,11 @@ _OPTIONS: Final = (
     _Option("gradient_checkpointing", "about a third slower, same result", _switch("gradient_checkpointing", True)),
     _Option("offload", "slower by the transfers, same result", lambda s: iter((True,) * (s.on_cuda and not s.offload))),
     _Option("batch_size", "same result with more accumulated steps", _switch("batch_size", 1)),
-    _Option("sequence_length", "longer examples are cut", lambda s: _halves(_SHORTEST)(s.sequence_length)),
+    _Option(
+        "sequence_length",
+        "longer examples are cut off, or with packing go on without their beginning",
+        lambda s: _halves(_SHORTEST)(s.sequence_length),
+    ),
     _Option("rank", "adapters of less capacity", lambda s: _halves(_LOWEST_RANK)(s.rank)),
 )
 

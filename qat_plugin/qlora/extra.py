@@ -19,4 +19,17 @@ def import_extra(name: str) -> Any:
         with known_noise_dropped():
             return importlib.import_module(name)
     except ImportError as error:
-        raise ConfigError(f'QLoRA needs {name.split(".")[0]} ({error}): pip install "qat-plugin[qlora]"') from error
+        raise ConfigError(
+            f'QLoRA needs {name.split(".")[0]} ({error}): pip install ".[qlora]" in a checkout of the project, or '
+            'pip install "qat-plugin[qlora]"'
+        ) from error
+
+
+def check_extra(backend: str) -> None:
+    """Import what fine-tuning needs, before anything is done.
+
+    Raises:
+        ConfigError: when a package is not installed.
+    """
+    for name in ("peft", backend):
+        import_extra(name)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Optimizer = Literal["adamw", "adamw8bit"]
 
 GIB: Final = 1 << 30
-CARD_GIB: Final = {24: 23.5, 40: 39.4, 48: 44.4, 80: 79.1, 141: 139.7}
+CARD_GIB: Final = {16: 15.6, 24: 23.5, 40: 39.4, 48: 44.4, 80: 79.1, 141: 139.7}
 """Sizes that cards are sold as -> GiB that torch finds on them (of the 48 GB cards the smallest, an L40S with ECC)."""
 
 _DEVICES: Final = ("cpu", "cuda", "gpu")
@@ -152,7 +152,7 @@ class Forecast:
         return self.total <= gib * GIB
 
     def smallest_card(self) -> int | None:
-        """The smallest of :data:`CARD_GIB` (24, 40, 48, 80, 141 GB as sold) that it fits; ``None`` for none."""
+        """The smallest of :data:`CARD_GIB` (16, 24, 40, 48, 80, 141 GB as sold) that it fits; ``None`` for none."""
         return next((card for card, gib in CARD_GIB.items() if self.fits(gib)), None)
 
     def cheapest_change(self, gib: float) -> Change | None:

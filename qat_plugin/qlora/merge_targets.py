@@ -137,8 +137,9 @@ def _prefixed(adapter: AdapterFile, model: Any, base: Path) -> Any:
     best = max(rules, key=lambda rule: sum(renamed(name, rule) in modules for name in names))
     absent = [name for name in names if renamed(name, best) not in modules]
     raise CheckpointError(
-        f"the adapter in {adapter.folder} has {len(absent)} targets that the {type(model).__name__} in {base} lacks: "
-        f"{some(absent)}.{did_you_mean(absent[0], modules)} It was trained on another model"
+        f"the adapter in {adapter.folder} has {len(absent)} target{'s' * (len(absent) != 1)} that the "
+        f"{type(model).__name__} in {base} lacks: {some(absent)}."
+        f"{did_you_mean(absent[0], modules)} It was trained on another model"
     )
 
 

@@ -136,6 +136,7 @@ def prepare(
     options = AdapterOptions(
         rank, alpha, dropout, targets if isinstance(targets, str) else tuple(targets), rslora, dora, init
     )
+    _check_module(model)
     if backend not in ("bitsandbytes", "torchao"):
         raise ConfigError(f"backend={backend!r} is not one of bitsandbytes, torchao")
     if not adapter_dtype.is_floating_point:
@@ -202,9 +203,16 @@ def summary(model: nn.Module) -> str:
     rest = sum(p.numel() for p in _unplanned(model, record.plan))
     total = sum(_size(layer.shape) for layer in record.plan if layer.tied_to is None) + rest + _adapter_count(model)
     schemes = record.plan.summary().split(";")[0]
+    # what is fake-quantized stays in float while it trains
+    now = sum(e.bytes_before if e.scheme is not None and e.scheme.is_integer else e.bytes_after for e in record.plan)
+    base = human_bytes(now) + (
+        f" in training, {human_bytes(record.plan.bytes_after)} converted"
+        if _integer_part(record.plan).quantized
+        else ""
+    )
     return (
         f"{schemes}, {len(record.plan.kept)} kept; training {count:,} of {total:,} parameters "
-        f"({count / total:.2%}); base {human_bytes(record.plan.bytes_after)}, adapters {human_bytes(adapters)}, "
+        f"({count / total:.2%}); base {base}, adapters {human_bytes(adapters)}, "
         f"AdamW will add {human_bytes(2 * 4 * count)}"
     )
 
@@ -272,6 +280,12 @@ def checkpoint_blocks(model: nn.Module) -> bool:
                 module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
             return True  # it sees to the models inside it
     return False
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        given = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise PrepareError(f"prepare() takes a module with its weights, not {given}: build or load the model first")
 
 
 def _check_fresh(model: nn.Module) -> None:

@@ -175,7 +175,8 @@ def check_requantization(
         f"merging into {target} again would erase much of what was learned: the cosine between what the stored weights "
         f"change by and the true update is {mean:.3f} on average and {cosines[worst]:.3f} at least ({worst}), 1 would "
         "lose nothing. Merge into 16 bits and keep that, convert to an integer scheme that was trained (QAT + LoRA), "
-        "serve the adapter beside the NF4 base, or pass accept_loss=True"
+        "serve the adapter beside the NF4 base, or accept the loss (accept_loss=True; "
+        "merge.accept_loss=true for qat)"
     )
 
 

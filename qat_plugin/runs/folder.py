@@ -17,6 +17,8 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -79,6 +81,15 @@ class RunFolder:
     def save(self) -> None:
         """Write the record."""
         self.record.write(self.path)
+
+    def discard(self) -> None:
+        """Remove a folder that this session made and in which nothing was made."""
+        if self.continued or self.record.stages or self.checkpoints.exists():
+            return
+        shutil.rmtree(self.path, ignore_errors=True)
+        with suppress(OSError):  # others' runs are there
+            self.path.parent.rmdir()
+            self.path.parent.parent.rmdir()
 
     def finish(self) -> None:
         """Record the artifacts' sha256 and that the run is done."""

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Final
 
 import torch
 from torch import nn
 
-from qat_plugin.config.schema import Config
+from qat_plugin.config.schema import Config, PlanConfig
+from qat_plugin.errors import ConfigError
 from qat_plugin.policy import Plan, clean_name
 from qat_plugin.qlora.adapters import target_layers
-from qat_plugin.qlora.cards import Card, card_named, card_of_size, measured_host, present_card, roofline
+from qat_plugin.qlora.cards import (
+    LEAST_SHARE,
+    Card,
+    card_named,
+    card_of_size,
+    measured_host,
+    present_card,
+    roofline,
+    usable_gib,
+)
 from qat_plugin.qlora.economies import Change
 from qat_plugin.qlora.forecast import CARD_GIB, Forecast, forecast
 from qat_plugin.runs.planning import adapter_options
@@ -27,7 +38,30 @@ _KEYS: Final = {
 }
 """Setting of a forecast -> key of a recipe; the optimizer's is its own."""
 
+_SHORTEST_STEP: Final = 0.01
+"""Seconds of a micro step below which a roofline says nothing: launching kernels takes as long."""
+
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_card(plan: PlanConfig, given: Collection[str]) -> None:
+    """Check the card's name; its own memory then counts, not the one that a recipe is for.
+
+    Args:
+        plan: changed in place.
+        given: keys on the command line.
+
+    Raises:
+        ConfigError: for an unknown name, or a card and another size on the command line.
+    """
+    if plan.card is None:
+        return
+    card = card_named(plan.card)
+    if "plan.gpu_gib" in given and plan.gpu_gib not in (None, card.gib):
+        raise ConfigError(
+            f"plan.card={plan.card} has {card.gib:g} GB and plan.gpu_gib={plan.gpu_gib:g} says otherwise: give one"
+        )
+    plan.gpu_gib = None
 
 
 def forecast_run(config: Config, network: nn.Module, plan: Plan) -> tuple[str, bool]:
@@ -94,15 +128,18 @@ def _verdict(config: Config, predicted: Forecast) -> tuple[bool, str]:
     asked = config.plan.gpu_gib if config.plan.gpu_gib is not None else _chosen(config).gib
     if asked is None:
         return card is not None, smallest
-    usable = CARD_GIB.get(int(asked), asked) if float(asked).is_integer() else asked
+    usable = usable_gib(asked)
     total = predicted.total / 2**30
+    there = f"{usable:.1f} GiB that torch has on a card of {asked:g} GB"
+    if asked not in CARD_GIB:
+        there += f" (assumed: {LEAST_SHARE:.1%}, as on the standard card that gives least)"
     if predicted.fits(usable):
-        return True, f"Yes: {total:.1f} GiB fit the {usable:g} GiB that torch has on a card of {asked:g} GB. {smallest}"
+        return True, f"Yes: {total:.1f} GiB fit the {there}. {smallest}"
     change = predicted.cheapest_change(usable)
     advice = (
         f"The cheapest change that fits: {_in_keys(change)}." if change else "No combination of options makes it fit."
     )
-    return False, f"No: {total:.1f} GiB do not fit the {usable:g} GiB of a card of {asked:g} GB. {advice} {smallest}"
+    return False, f"No: {total:.1f} GiB do not fit the {there}. {advice} {smallest}"
 
 
 def _in_keys(change: Change) -> str:
@@ -126,4 +163,8 @@ def _speed(config: Config, predicted: Forecast) -> str:
         size = config.plan.gpu_gib or predicted.smallest_card()
         card = present_card() or card_of_size(size or 141)
     low, high = roofline(predicted, card)
+    if predicted.settings.tokens / high < _SHORTEST_STEP:
+        return (
+            f"No speed is forecast: a step of so small a model is ruled by overheads, not by the peaks of {card.name}."
+        )
     return f"Expected on {card.name}: {low:,.0f} to {high:,.0f} tokens/s (roofline at 30 to 50% of its bf16 peak)."

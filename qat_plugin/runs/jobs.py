@@ -21,25 +21,27 @@ from qat_plugin.conversion import load_converted
 from qat_plugin.errors import ConfigError, QatError
 from qat_plugin.measure import file_bytes, model_bytes, parameter_count
 from qat_plugin.policy import Plan
+from qat_plugin.qlora.extra import check_extra
 from qat_plugin.report import Report, Row
 from qat_plugin.runs.adapter_ladder import AdapterLadder, adapt
 from qat_plugin.runs.base_policy import policy_of, trains_adapters
 from qat_plugin.runs.custom import custom_subject
 from qat_plugin.runs.doctor import examination
 from qat_plugin.runs.folder import ADAPTER, CONVERTED, MERGED, RunFolder, open_folder
-from qat_plugin.runs.forecasting import WILL_NOT_FIT, forecast_run
+from qat_plugin.runs.forecasting import WILL_NOT_FIT, choose_card, forecast_run
 from qat_plugin.runs.interruption import EXIT_CODE, Interrupted, Interruptions
 from qat_plugin.runs.journal import journal, say
 from qat_plugin.runs.ladder import Ladder
 from qat_plugin.runs.language_model import language_subject
 from qat_plugin.runs.merging import merge_run
-from qat_plugin.runs.planning import planned
-from qat_plugin.runs.skeleton import skeleton_of
+from qat_plugin.runs.planning import beyond_positions, planned
+from qat_plugin.runs.skeleton import planned_shape, skeleton_of
 from qat_plugin.runs.subject import Subject, network_of
 from qat_plugin.runs.training import accelerator_of
 
 MISTAKE: Final = 2
 _REPORT: Final = "report.json"
+_NOTHING: Final = "nothing quantized"
 _PRODUCTS: Final = {
     "report.md": "report", ADAPTER: "adapter", MERGED: "merged model", CONVERTED: "converted model",
 }  # fmt: skip
@@ -64,7 +66,7 @@ def run_job(job: Job, given: Sequence[str]) -> int:
                 print(examination())
             case "plan":
                 with journal(None, verbose=config.verbose):
-                    return _plan(job)
+                    return _plan(job, given)
             case "merge":
                 with journal(None, verbose=config.verbose):
                     merge_run(job)
@@ -79,17 +81,27 @@ def run_job(job: Job, given: Sequence[str]) -> int:
     return 0
 
 
-def _plan(job: Job) -> int:
+def _plan(job: Job, given: Sequence[str]) -> int:
     """Print what becomes of each layer and, for adapters, what training will take.
 
     Returns:
         0, or 3 when the run would not fit the card that the recipe is for.
     """
+    config = job.config
+    choose_card(config.plan, [key.partition("=")[0] for key in given])
     plan = planned(job)
+    if config.plan.shape is not None:
+        shape = planned_shape(config)
+        print(f"planned for the shape {shape}\n" if shape else f"planned for {config.model.path}, not plan.shape\n")
     print(plan)
-    if not trains_adapters(job.config) or option_of(job.config, "model") == "custom":
+    if option_of(config, "model") == "custom":
         return 0
-    text, fits = forecast_run(job.config, skeleton_of(job.config, job.allow), plan)
+    network = skeleton_of(config, job.allow)
+    if warning := beyond_positions(config, network):
+        print(f"\n{warning}")
+    if not trains_adapters(config):
+        return 0
+    text, fits = forecast_run(config, network, plan)
     print(f"\n{text}")
     return 0 if fits else WILL_NOT_FIT
 
@@ -102,6 +114,8 @@ def evaluate(job: Job) -> None:
             "task=evaluate needs to know what to measure: run=DIR (the converted model of a run's folder) or "
             "recipe=NAME (its model as it is)"
         )
+    if trains_adapters(config):
+        check_extra(config.lora.backend)
     subject = subject_of(job)
     network = network_of(subject.build()).eval()
     rows = [Row(reporting.FLOAT, subject.evaluate(network, None), model_bytes(network))]
@@ -147,6 +161,8 @@ def climb(job: Job, command: str) -> int:
             folder.record.status = "interrupted" if stopped else "failed"
             folder.save()
             if not stopped:
+                if isinstance(error, QatError) and config.run.dir is None:
+                    folder.discard()
                 raise
             where = str(error) if isinstance(error, Interrupted) else "stopped; finished stages are kept"
             print(f"qat: {where}. Go on with: {folder.resume_command}", file=sys.stderr)
@@ -167,6 +183,8 @@ def _climbed(job: Job, plan: Plan, folder: RunFolder, interruptions: Interruptio
             f"{subject.fingerprint[:12]}): its stages would not be comparable; start again in another run.dir"
         )
     record.data_fingerprint = subject.fingerprint
+    if option_of(config, "model") != "custom" and (warning := beyond_positions(config, skeleton_of(config, job.allow))):
+        say(warning)
     adapters = trains_adapters(config)
     agreed = plan if adapters else policy_of(config.policy).plan(network_of(subject.build()))
     say(f"{agreed.summary()}\n")
@@ -187,9 +205,12 @@ def _begun(job: Job, folder: RunFolder, agreed: Plan) -> Report:
 
 
 def _title(config: Config) -> str:
-    return f"{config.name or 'a model'}: {config.task.name}, {_policy_in_short(config.policy)}"
+    policy = _policy_in_short(config.policy)
+    adapters = trains_adapters(config) and config.task.name == "fit"
+    done = f"adapters on {policy or 'a float base'}" if adapters else f"{config.task.name}, {policy or _NOTHING}"
+    return f"{config.name or 'a model'}: {done}"
 
 
 def _policy_in_short(policy: PolicyConfig) -> str:
     rules = [f"{pattern} {scheme or 'kept'}" for pattern, scheme in policy.rules.items()]
-    return ", ".join([*rules, *([policy.default] if policy.default else [])]) or "nothing quantized"
+    return ", ".join([*rules, *([policy.default] if policy.default else [])])

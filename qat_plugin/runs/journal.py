@@ -23,6 +23,8 @@ _KNOWN: Final = (
 )
 """Warnings that are expected here and help nobody; they too go into the log."""
 
+_PACKAGE: Final = Path(__file__).resolve().parents[1]
+
 _said = logging.getLogger("qat_plugin.runs.said")
 
 
@@ -98,9 +100,20 @@ def _passing_on(logger: logging.Logger) -> Iterator[None]:
 
 @contextmanager
 def _captured_warnings() -> Iterator[None]:
+    """Into the log; this package's own as the sentence that they are, without file and line."""
+    theirs = warnings.formatwarning
+
+    def formatted(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        own = Path(filename).is_relative_to(_PACKAGE) and issubclass(category, UserWarning)
+        return f"warning: {message}" if own else theirs(message, category, filename, lineno, line)
+
     with warnings.catch_warnings():
         logging.captureWarnings(True)
+        warnings.formatwarning = formatted
         try:
             yield
         finally:
+            warnings.formatwarning = theirs
             logging.captureWarnings(False)

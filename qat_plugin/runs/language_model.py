@@ -23,6 +23,7 @@ from qat_plugin.models.objective import Distillation
 from qat_plugin.qlora.source import find_source, load_tokenizer
 from qat_plugin.runs.base_policy import base_policy
 from qat_plugin.runs.custom import with_optimizer
+from qat_plugin.runs.journal import say
 from qat_plugin.runs.subject import Subject, placed
 from qat_plugin.runs.training import accelerator_of
 
@@ -38,6 +39,8 @@ def language_subject(config: Config, allow: tuple[str, ...]) -> Subject:
     tokenizer = load_tokenizer(path)
     data = _data(config, tokenizer)
     data.setup("fit")
+    if isinstance(data, InstructionData):
+        say(data.summary)
     distillation = Distillation(config.distill.weight, config.distill.temperature) if config.distill.weight else None
 
     def module_of(model: Any, **options: Any) -> L.LightningModule:

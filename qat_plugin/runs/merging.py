@@ -18,11 +18,13 @@ from qat_plugin.config.schema import Config
 from qat_plugin.conversion import convert as convert_model
 from qat_plugin.conversion import proof_of, save_converted
 from qat_plugin.errors import ConfigError
-from qat_plugin.measure import model_bytes
+from qat_plugin.kernels.torchao_import import known_noise_dropped
+from qat_plugin.measure import file_bytes, model_bytes
 from qat_plugin.measure.host_memory import available_bytes
 from qat_plugin.policy import human_bytes
 from qat_plugin.qat import capture_inputs, prepare
 from qat_plugin.qat import is_prepared as is_fake_quantized
+from qat_plugin.qlora.extra import check_extra
 from qat_plugin.qlora.merge import check_requantization, survival_table
 from qat_plugin.qlora.merge_files import not_verified, updated_weights
 from qat_plugin.report import Report, Row
@@ -31,6 +33,7 @@ from qat_plugin.runs.base_policy import trains_adapters
 from qat_plugin.runs.folder import ADAPTER, MERGED
 from qat_plugin.runs.journal import say
 from qat_plugin.runs.language_model import model_directory
+from qat_plugin.runs.planning import check_merge_schemes
 from qat_plugin.runs.subject import network_of
 from qat_plugin.runs.training import accelerator_of
 from qat_plugin.scheme import Scheme
@@ -52,28 +55,51 @@ def merge_run(job: Job) -> None:
         )
     if config.merge.adapter is None and config.merge.out is None and run is None:
         raise ConfigError("task=merge needs merge.out=DIR, the folder to write")
+    check_extra(config.lora.backend)
+    check_merge_schemes(config)
     adapter = Path(config.merge.adapter) if config.merge.adapter else _inside(run, ADAPTER)
     out = Path(config.merge.out) if config.merge.out else _inside(run, f"{MERGED}-{config.merge.into}")
     base = model_directory(config)
-    if config.merge.scheme and Scheme.parse(config.merge.scheme).kind == "nf4":
-        check_requantization(
-            config.merge.scheme, lambda: updated_weights(base, adapter), accept_loss=config.merge.accept_loss
-        )
-        raise ConfigError(
-            f"merge.scheme={config.merge.scheme}: NF4 is a base to train adapters on and no format to ship; merge with "
-            "merge.scheme=null and load the result as an NF4 base where it is needed"
-        )
+    place = _converted_place(config, out)
+    if config.merge.scheme is not None and place is None:
+        try:
+            check_requantization(
+                config.merge.scheme, lambda: updated_weights(base, adapter), accept_loss=config.merge.accept_loss
+            )
+        except ConfigError as error:
+            raise ConfigError(f"merge.scheme={config.merge.scheme}: {error}") from error
     record = qlora.merge_directory(base, adapter, out, into=config.merge.into)  # type: ignore[arg-type]
-    say(f"merged {record.merged} layers into {out} ({human_bytes(record.bytes_written)}, {record.seconds:.0f} s)")
+    say(f"merged {record.merged} layers in {record.seconds:.0f} s")
     report = Report(f"Merging {adapter}", survival=_survival(config.merge.compare, base, adapter))
     every = _measurable(config, record.bytes_written)
     if config.merge.scheme is not None or every:
-        report = replace(report, rows=tuple(_ladder(job, adapter, out, run, every=every)))
+        report = replace(report, rows=tuple(_ladder(job, adapter, out, run, place, every=every)))
     report = reporting.with_verdict(report)
     if not record.verified:
         report = replace(report, verdict=(not_verified(base, adapter), *report.verdict))
     reporting.print_report(report)
+    say(f"\nmerged model: {out} ({human_bytes(record.bytes_written)})")
+    if place is not None:
+        say(f"converted to {config.merge.scheme}: {place} ({human_bytes(file_bytes(place))})")
     say(f"report: {reporting.write_report(report, out)[1]}")
+
+
+def _converted_place(config: Config, out: Path) -> Path | None:
+    """Where the merged model is converted to, beside it; ``None`` for no conversion, and for NF4, which is no format.
+
+    Raises:
+        ConfigError: when something is there already.
+    """
+    scheme = config.merge.scheme
+    if scheme is None or Scheme.parse(scheme).kind == "nf4":
+        return None
+    place = out.with_name(f"{out.name}-{scheme}")
+    if place.exists():
+        raise ConfigError(
+            f"merge.scheme={scheme} is written into {place}, which is there already: give another merge.out, or "
+            "merge.scheme=null"
+        )
+    return place
 
 
 def _inside(run: Path | None, name: str) -> Path:
@@ -107,7 +133,9 @@ def _measurable(config: Config, size: int) -> bool:
     return True
 
 
-def _ladder(job: Job, adapter: Path, merged: Path, run: Path | None, *, every: bool) -> Iterator[Row]:
+def _ladder(
+    job: Job, adapter: Path, merged: Path, run: Path | None, place: Path | None, *, every: bool
+) -> Iterator[Row]:
     """With ``every``, the adapter on its base, the merged model, and that in each scheme; then the converted one."""
     from qat_plugin.runs.jobs import subject_of
 
@@ -130,8 +158,14 @@ def _ladder(job: Job, adapter: Path, merged: Path, run: Path | None, *, every: b
     for scheme in config.merge.compare if every else ():
         network = prepare(network_of(build_from(merged)).eval(), scheme)
         yield measured(f"{reporting.MERGED}, {scheme}", network, "merged, then rounded to nearest")
-    if config.merge.scheme is not None:
-        place = merged.with_name(f"{merged.name}-{config.merge.scheme}")
+    if config.merge.scheme is None:
+        return
+    if place is None:
+        with known_noise_dropped():
+            network = qlora.load_base(merged, config.merge.scheme, dtype=torch.float32)[0].eval()
+        note = "merged, then NF4 again, as when it is loaded as a base; nothing is written"
+        yield measured(f"{reporting.MERGED}, {config.merge.scheme}", network.to(accelerator_of(config.trainer)), note)
+    else:
         network = prepare(network_of(build_from(merged)).eval(), config.merge.scheme)
         with capture_inputs(network) as inputs:
             subject.evaluate(network, None, subject.training_batches(1))

@@ -16,6 +16,7 @@ from qat_plugin.config.typed import option_of
 from qat_plugin.errors import ConfigError, did_you_mean
 from qat_plugin.policy import Plan
 from qat_plugin.qlora.adapters import AdapterOptions, target_layers
+from qat_plugin.qlora.extra import check_extra
 from qat_plugin.qlora.prepare import base_plan
 from qat_plugin.runs.base_policy import base_policy, check_scheme, policy_of, trains_adapters
 from qat_plugin.runs.skeleton import skeleton_of
@@ -39,6 +40,8 @@ def planned(job: Job) -> Plan:
         )
     device = accelerator_of(config.trainer)
     check_choices(config)
+    if trains_adapters(config) and config.task.name != "plan":
+        check_extra(config.lora.backend)
     if trains_adapters(config):
         return _planned_base(config, skeleton_of(config, job.allow))
     policy = policy_of(config.policy)
@@ -51,8 +54,7 @@ def _planned_base(config: Config, network: nn.Module) -> Plan:
     """The plan of the adapters' base; the adapters' options are checked on the way."""
     plan, lora = base_plan(network, base_policy(config)), adapter_options(config)
     target_layers(network, lora.targets)
-    for scheme in [*config.merge.compare, *([config.merge.scheme] if config.merge.scheme else [])]:
-        check_scheme("merge.scheme", scheme)
+    check_merge_schemes(config)
     integer = any(layer.scheme is not None and layer.scheme.is_integer for layer in plan)
     if config.distill.weight and not integer:
         raise ConfigError(
@@ -61,8 +63,8 @@ def _planned_base(config: Config, network: nn.Module) -> Plan:
         )
     if integer and config.merge.scheme:
         raise ConfigError(
-            f"merge.scheme={config.merge.scheme}: this base is fake-quantized to the policy's schemes already, and is "
-            "converted to those; set merge.scheme=null"
+            f"the policy makes this base fake-quantized, and it is converted to the policy's schemes; the recipe's "
+            f"merge.scheme={config.merge.scheme} is for an NF4 base: set merge.scheme=null"
         )
     if not integer and "converted" in config.task.stages and config.merge.scheme is None:
         raise ConfigError("the stage 'converted' needs merge.scheme=SCHEME, what the merged model is to become")
@@ -72,6 +74,25 @@ def _planned_base(config: Config, network: nn.Module) -> Plan:
             "the adapter beside its base, or give an integer scheme"
         )
     return plan
+
+
+def check_merge_schemes(config: Config) -> None:
+    """Raise ConfigError for a misspelt scheme among what a merge is converted to or compared with."""
+    check_scheme("merge.scheme", config.merge.scheme)
+    for scheme in config.merge.compare:
+        check_scheme("merge.compare", scheme)
+
+
+def beyond_positions(config: Config, network: nn.Module) -> str:
+    """A warning where windows are longer than the model has positions; empty where they are not."""
+    positions = getattr(getattr(network, "config", None), "max_position_embeddings", None)
+    length = getattr(config.data, "sequence_length", 0)
+    if not isinstance(positions, int) or length <= positions:
+        return ""
+    return (
+        f"warning: data.sequence_length={length} is more than the model's {positions} positions "
+        f"(max_position_embeddings), beyond which it has learned nothing: set data.sequence_length={positions}"
+    )
 
 
 def adapter_options(config: Config) -> AdapterOptions:
@@ -103,6 +124,10 @@ def check_choices(config: Config) -> None:
         raise ConfigError("data.train is needed: the file to learn from; give data.train=FILE")
     if isinstance(config.model, TransformersModel) and not is_hub_name(config.model.path):
         _check_path("model.path", config.model.path)
+        if Path(config.model.path).is_file():
+            raise ConfigError(
+                f"model.path={config.model.path} is a file: give the directory with config.json, weights and tokenizer"
+            )
     if isinstance(config.data, (InstructionFiles, TextFiles)):
         _check_path("data.train", config.data.train)
         _check_path("data.valid", config.data.valid)
@@ -111,6 +136,7 @@ def check_choices(config: Config) -> None:
 def _check_path(key: str, given: str | None) -> None:
     if not given or (path := Path(given)).exists():
         return
-    near = did_you_mean(path.name, [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else [])
+    beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = did_you_mean(path.name, beside, cutoff=0.7)
     where = "" if path.parent.is_dir() else f"; nor does the folder {path.parent}"
     raise ConfigError(f"{key}={given} does not exist{where}.{near}")

@@ -28,16 +28,32 @@ def skeleton_of(config: Config, allow: tuple[str, ...]) -> nn.Module:
         CheckpointError: when a directory holds no causal language model's configuration.
         ConfigError: for a class that is not allowed.
     """
+    shape = planned_shape(config)
     if option_of(config, "model") == "custom":
         return network_of(build_custom(config, allow))
     dtype = torch.bfloat16 if config.trainer.precision == "bf16-true" else torch.float32
     with torch.device("meta"), known_noise_dropped():  # transformers imports parts of torchao
-        if isinstance(config.model, EmbeddedModel):
+        if isinstance(config.model, EmbeddedModel) and shape is None:
             tokens = SimpleNamespace(bos_token_id=0, eos_token_id=0)
             network: nn.Module = embedded_architecture(embedded_recipe(config.model), tokens)
         else:
             network = _from_directory(Path(config.model.path)) if config.model.path else _from_shape(config)
     return network.to(dtype)
+
+
+def planned_shape(config: Config) -> str | None:
+    """The architecture by name that a plan is for, in place of a model.
+
+    Raises:
+        ConfigError: when the model is a class of the user's, which has the shape that it has.
+    """
+    if config.task.name != "plan" or config.plan.shape is None:
+        return None
+    if option_of(config, "model") == "custom":
+        raise ConfigError(
+            f"plan.shape={config.plan.shape} is for language models, and this recipe has model=custom: leave it out"
+        )
+    return None if config.model.path else config.plan.shape
 
 
 def _from_shape(config: Config) -> nn.Module:

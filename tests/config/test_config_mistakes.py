@@ -80,6 +80,11 @@ def test_a_folder_that_holds_no_run(argument: str, compose: Compose, tmp_path: P
         compose("task=evaluate", argument)
 
 
+def test_a_folder_without_a_name(compose: Compose) -> None:
+    with pytest.raises(ConfigError, match="resume= names no folder: give resume=DIR"):
+        compose("resume=")
+
+
 def test_resume_takes_no_other_recipe(compose: Compose, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("verbose: true\n")
     with pytest.raises(ConfigError, match="holds the recipe of its run"):

@@ -29,6 +29,8 @@ def test_help_names_every_key_group_option_and_recipe() -> None:
     for options in groups().values():
         for option in options:
             assert option.name in text
+    schemes = text.split("Schemes (")[1].split("\n")[1]
+    assert {"nf4", "nf4-dq", "w8a8"} <= set(schemes.replace(",", "").split())
     for word in ("-m", "--config-dir", "resume=", "allow=", *(entry.name for entry in recipes())):
         assert word in text
 

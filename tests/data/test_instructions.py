@@ -87,7 +87,7 @@ def test_each_form_of_record_is_read(tmp_path: Path, record: dict[str, Any], tur
         ("{not json", r"line 2 is not JSON: .* at column 2; a record is"),
         ("[1]", "line 2 is a JSON list, not an object"),
         ({"text": "a"}, "line 2 has the keys 'text'; a record is"),
-        ({"messages": []}, "line 2: the messages are list, a list of turns is needed"),
+        ({"messages": []}, "line 2: the messages are an empty list, a list of turns is needed"),
         ({"messages": [{"role": "user"}]}, "line 2, message 1: an object with strings 'role' and 'content'"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "line 2, message 1: role 'robot' is not one of system,"),
         ({"messages": [{"role": "user", "content": "a"}]}, "line 2 has no answer"),
@@ -185,7 +185,9 @@ def test_without_packing_examples_come_one_by_one(tmp_path: Path) -> None:
 
 
 def test_an_example_that_is_too_long_is_never_lost_in_silence(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"1 of 3 examples are longer than sequence_length=64 and go on in another"):
+    with pytest.warns(
+        UserWarning, match=r"1 of 3 examples are longer than sequence_length=64 and go on in another.*the prompt"
+    ):
         data(tmp_path, 90, 5, 6, 7, sequence_length=64).setup()
     long = {"prompt": "p" * 90, "completion": "never seen"}
     file = write(tmp_path, long, *records(5, 6, 7), name="long.jsonl")
@@ -196,6 +198,14 @@ def test_an_example_that_is_too_long_is_never_lost_in_silence(tmp_path: Path) ->
     assert len(made.train_dataloader().dataset) == 2  # type: ignore[arg-type]
     with pytest.raises(DataError, match="no example has a token to learn within sequence_length=8"):
         data(tmp_path, 5, 6, 7, sequence_length=8, packing=False).setup()
+
+
+def test_one_line_says_what_was_made_of_the_file(tmp_path: Path) -> None:
+    said = data(tmp_path, *range(10, 30)).summary
+    assert f"{tmp_path / 'data.jsonl'}: 15 examples of" in said and "in answers) to train on" in said
+    assert (
+        "held out 5 examples of" in said and "(the last 25% of the file)" in said and said.endswith("; chat template")
+    )
 
 
 def test_numbers_out_of_range_are_refused_at_once(tmp_path: Path) -> None:

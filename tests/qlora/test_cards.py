@@ -14,6 +14,7 @@ from qat_plugin.qlora.cards import (
     measured_host,
     roofline,
     token_flops,
+    usable_gib,
 )
 from qat_plugin.qlora.forecast import CARD_GIB, Forecast, Settings, forecast_of
 from qat_plugin.qlora.outline import outline
@@ -56,6 +57,12 @@ def test_cards_are_found_by_name_and_size() -> None:
     assert {card.gib for card in CARDS} == set(CARD_GIB)
     with pytest.raises(ConfigError, match="Did you mean 'H100'"):
         card_named("H10O")
+
+
+def test_a_card_of_another_size_has_the_least_share_of_the_standard_ones() -> None:
+    assert usable_gib(24) == usable_gib(24.0) == CARD_GIB[24]
+    assert usable_gib(8) == pytest.approx(8 * 44.4 / 48)
+    assert usable_gib(20.5) < 20.5
 
 
 def test_a_card_without_peaks_is_refused(seventy: Forecast) -> None:

@@ -270,7 +270,7 @@ def test_the_plain_recipe_takes_an_80_gb_card_and_the_thrifty_one_a_48_gb_card(s
 
 
 def test_cards_hold_less_than_they_are_sold_as() -> None:
-    assert list(CARD_GIB) == [24, 40, 48, 80, 141]
+    assert list(CARD_GIB) == [16, 24, 40, 48, 80, 141]
     assert all(usable < sold for sold, usable in CARD_GIB.items())
 
 

@@ -254,3 +254,13 @@ def test_a_model_that_cannot_be_prepared_is_refused() -> None:
         prepare(empty)
     with pytest.raises(ConfigError, match="Sequential has no linear layer"):
         prepare(nn.Sequential(nn.Embedding(4, 8), nn.Conv2d(1, 1, 1)), None)
+
+
+def test_what_is_no_module_is_refused() -> None:
+    with pytest.raises(PrepareError, match="takes a module with its weights, not the class Linear: build or load"):
+        prepare(nn.Linear)  # type: ignore[arg-type]
+
+
+def test_the_summary_counts_a_fake_quantized_base_as_it_is_in_training() -> None:
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
+    assert "base 32.0 KiB in training, 4.5 KiB converted" in summary(prepare(model, "w4a16-g32", rank=4))

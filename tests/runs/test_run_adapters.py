@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,10 @@ def test_merging_takes_a_runs_adapter_into_its_base(qat: Qat, base: Path) -> Non
     assert Path("here", "merged-nf4-w8a8", "model.safetensors").is_file()
     for said in ("QLoRA", "merged, w4a16-g32", "Survival of the update", "nf4-exact", "converted"):
         assert said in done.out
+    closing = done.out.rsplit("Verdict", 1)[1]
+    for folder in ("merged-nf4", "merged-nf4-w8a8"):  # every folder that was written
+        assert f": {Path('here', folder).absolute()} (" in closing
+    assert "NOT VERIFIED" not in done.out + done.err
     found = rows("here/merged-nf4")
     assert found["merged"].loss == pytest.approx(found["QLoRA"].loss, abs=1e-4)
     again = qat("task=merge", "run.dir=here", "merge.into=original")
@@ -169,8 +174,33 @@ def test_merging_takes_a_runs_adapter_into_its_base(qat: Qat, base: Path) -> Non
 
 def test_merging_into_nf4_codes_is_refused_with_what_it_would_erase(qat: Qat, base: Path) -> None:
     assert qat(*tiny("qlora_tiny", "task.stages=[base,qlora]", base=base)).code == 0
-    refused(qat("task=merge", "run.dir=here", "merge.scheme=nf4-dq"), "NF4", "cosine")
+    refused(qat("task=merge", "run.dir=here", "merge.scheme=nf4-dq"), "merge.scheme=nf4-dq: ", "cosine",
+            "merge.accept_loss=true")  # fmt: skip
     assert not Path("here", "merged-nf4").exists()
+    refused(qat("task=merge", "run.dir=here", "merge.scheme=foo"), "merge.scheme: unknown scheme 'foo'")
+    refused(qat("task=merge", "run.dir=here", "merge.compare=[foo]"), "merge.compare: unknown scheme 'foo'")
+    accepted = qat("task=merge", "run.dir=here", "merge.scheme=nf4-dq", "merge.accept_loss=true")
+    assert accepted.code == 0, accepted.err
+    assert "merged, nf4-dq" in rows("here/merged-nf4")
+
+
+def test_a_foreign_adapter_is_merged_into_a_base_that_is_said_not_to_be_verified(qat: Qat, base: Path) -> None:
+    assert qat(*tiny("qlora_tiny", "task.stages=[base,qlora]", base=base)).code == 0
+    Path("here", "adapter", "qat_adapter.json").unlink()
+    done = qat("task=merge", "run.dir=here", "merge.compare=[]", "merge.evaluate=false")
+    assert done.code == 0, done.err
+    assert done.err.startswith("warning: the base is NOT VERIFIED")
+    assert read_report(Path("here", "merged-nf4", "report.json")).verdict[0].startswith("the base is NOT VERIFIED")
+
+
+@pytest.mark.parametrize("package", ["peft", "bitsandbytes"])
+def test_a_missing_package_is_said_before_anything_is_measured(
+    package: str, qat: Qat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # Python's own way to make an import fail
+    done = qat(*tiny("qlora_tiny"))
+    refused(done, f"QLoRA needs {package}", 'pip install ".[qlora]"', 'pip install "qat-plugin[qlora]"')
+    assert not Path("here").exists()
 
 
 def test_an_adapter_of_another_base_is_not_merged(qat: Qat, base: Path) -> None:
@@ -196,7 +226,11 @@ def test_a_truncated_shard_is_refused_before_training(qat: Qat, base: Path) -> N
         (["lora.dropout=1.5"], ["dropout=1.5"]),
         (["lora.init=pissa"], ["PiSSA"]),
         (["policy=int4", "merge.scheme=null", "lora.dropout=0.1"], ["dropout"]),
-        (["policy=int4"], ["set merge.scheme=null"]),
+        (["policy=int4"], ["the recipe's merge.scheme=w4a16-g32", "set merge.scheme=null"]),
+        (["merge.scheme=foo"], ["merge.scheme: unknown scheme 'foo'"]),
+        (["merge.compare=[foo]"], ["merge.compare: unknown scheme 'foo'"]),
+        (["task=plan", "plan.card=h1000"], ["the card 'h1000' is not one of", "Did you mean 'H100'"]),
+        (["task=plan", "plan.card=h100", "plan.gpu_gib=24"], ["plan.card=h100 has 80 GB and plan.gpu_gib=24"]),
         (["lora=none"], ["lora=default and task=qlora"]),
         (["merge.into=nf"], ["merge.into"]),
         (["merge.scheme=null"], ["merge.scheme"]),
@@ -204,7 +238,9 @@ def test_a_truncated_shard_is_refused_before_training(qat: Qat, base: Path) -> N
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
 def test_mistakes_are_said_before_anything_is_trained(keys: list[str], said: list[str], qat: Qat) -> None:
-    refused(qat(*tiny("qlora_tiny", *keys)), *said)
+    done = qat(*tiny("qlora_tiny", *keys))
+    refused(done, *said)
+    assert "task=plan" not in keys or done.out == ""
     assert not Path("here", "checkpoints").exists()
 
 
@@ -220,6 +256,57 @@ def test_a_plan_that_will_not_fit_exits_with_three_and_says_what_to_change(qat: 
     for row in ("NF4 linear layers", "output head", "adapters", "gradients", "optimizer states", "activations: ",
                 "logits", "workspace: ", "reserve", "total", "tokens/s"):  # fmt: skip
         assert row in yes.out
+
+
+def test_a_plan_is_for_the_shape_that_was_asked_for(qat: Qat, base: Path) -> None:
+    done = qat("task=plan", "recipe=qlora_tiny", "plan.shape=llama-3-8b")
+    assert done.code == 0, done.err
+    assert "planned for the shape llama-3-8b" in done.out
+    assert "model.layers.{0..31}.mlp.up_proj" in done.out
+    given = qat("task=plan", "recipe=qlora_7b", f"model.path={base}")
+    assert f"planned for {base}, not plan.shape" in given.out
+
+
+def test_a_card_of_any_size_loses_a_share_and_the_plan_says_what_it_assumes(qat: Qat) -> None:
+    standard = qat("task=plan", "recipe=qlora_7b", "plan.gpu_gib=16")
+    assert (
+        "fit the 15.6 GiB that torch has on a card of 16 GB. The smallest standard card that holds it: 16"
+        in standard.out
+    )
+    other = qat("task=plan", "recipe=qlora_7b", "plan.gpu_gib=20")
+    assert "the 18.5 GiB that torch has on a card of 20 GB (assumed: 92.5%," in other.out
+    named = qat("task=plan", "recipe=qlora_7b", "plan.card=h100")  # its own memory, not the recipe's 24 GB
+    assert "of 80 GB" in named.out and "Expected on H100" in named.out
+
+
+def test_a_plan_warns_of_missing_positions_and_forecasts_no_speed_of_a_tiny_model(qat: Qat, base: Path) -> None:
+    long = qat("task=plan", "recipe=qlora_7b", "data.sequence_length=20000")
+    assert "data.sequence_length=20000 is more than the model's 8192 positions" in long.out
+    small = qat("task=plan", "recipe=qlora_7b", f"model.path={base}", "data.sequence_length=32")
+    assert "No speed is forecast" in small.out and "positions" not in small.out
+
+
+def test_a_run_warns_once_of_missing_positions_and_says_what_it_made_of_the_instructions(qat: Qat, base: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 24}))
+    turns = [{"role": "user", "content": "say"}, {"role": "assistant", "content": "once upon a time " * 30}]
+    Path("chat.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 20)
+    keys = ("task.stages=[base,qlora]", f"model.path={base}", "data.train=chat.jsonl", "model.cache=false")
+    done = qat("recipe=qlora_7b", *QUICK, *keys, "run.dir=here", "trainer.accumulate=1")
+    assert done.code == 0, done.err
+    assert done.out.count("data.sequence_length=32 is more than the model's 24 positions") == 1
+    assert "18 examples of" in done.out and "Alpaca form, no chat template" in done.out
+    warned = [line for line in done.err.splitlines() if "longer than sequence_length=32" in line]
+    assert len(warned) == 2 and all(line.startswith("warning: ") for line in warned)
+    assert "UserWarning" not in done.err and "rank_zero_warn" not in done.err
+
+
+def test_a_mistake_in_the_data_leaves_no_folder(qat: Qat, base: Path) -> None:
+    Path("bad.jsonl").write_text(json.dumps({"messages": []}))
+    keys = ("recipe=qlora_7b", *QUICK, "model.cache=false", "data.train=bad.jsonl")
+    refused(qat(*keys, f"model.path={base}"), "the messages are an empty list")
+    refused(qat(*keys, "model.path=bad.jsonl"), "bad.jsonl is a file: give the directory")
+    assert not Path("runs").exists()
 
 
 def test_a_change_that_is_proposed_is_spelled_as_keys_that_work(qat: Qat) -> None:
