@@ -25,6 +25,7 @@ import_torchao()
 from torchao.utils import TorchAOBaseTensor  # noqa: E402
 
 aten = torch.ops.aten
+_SCHEMES: dict[str, Scheme] = {}
 
 
 class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
@@ -134,7 +135,10 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
     @property
     def scheme(self) -> Scheme:
         """The scheme of the integers."""
-        return Scheme.parse(self.spelling)
+        known = _SCHEMES.get(self.spelling)  # parsing takes longer than a small product
+        if known is None:
+            known = _SCHEMES[self.spelling] = Scheme.parse(self.spelling)
+        return known
 
     @property
     def in_features(self) -> int:
