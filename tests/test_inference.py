@@ -16,6 +16,7 @@ from torch import nn
 from qat_plugin import convert, native
 from qat_plugin.errors import ConversionError
 from qat_plugin.inference import ATTENTION, compile_for_inference
+from qat_plugin.inference.graph import OneProductPerInput
 from tests.qlora.tiny_models import FAMILIES
 
 needs_native = pytest.mark.skipif(not native.available(), reason=f"no native operators: {native.native().reason}")
@@ -118,12 +119,34 @@ def test_steps_are_those_of_the_model_and_two_models_stay_apart() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mistral", "gemma3", "gpt2"])
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "gemma3", "gpt2"])
 def test_other_families(name: str) -> None:
     torch.manual_seed(0)
-    original = FAMILIES[name]().eval()
+    original = convert(FAMILIES[name]().eval(), "w8a16")
     fast = compile_for_inference(copy.deepcopy(original))
     torch.testing.assert_close(decoded(fast, prompt(2)), decoded(original, prompt(2)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(native.native().instruction_set in (None, "portable"), reason=f"{native.native()}")
+@pytest.mark.slow
+def test_layers_of_one_input_become_one_product() -> None:
+    model = convert(llama(), "w4a16-g32")
+    found: list[str] = []
+
+    class Watching(OneProductPerInput):
+        def __call__(self, graph: Any) -> None:
+            super().__call__(graph)
+            found.extend(str(node.target) for node in graph.nodes if "qat_plugin" in str(node.target))
+
+        def uuid(self) -> None:  # not to be taken from a cache
+            return None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qat_plugin.inference.compiled.OneProductPerInput", Watching)
+        decoded(compile_for_inference(model), prompt())
+    layers = model.config.num_hidden_layers
+    counts = {name: sum(name in target for target in found) for name in (".linears", ".linear.", ".dense", ".attend")}
+    assert counts == {".linears": 2 * layers, ".linear.": 2 * layers, ".dense": 1, ".attend": layers}
 
 
 def test_the_attention_of_one_token_is_ours_where_it_was_sdpa() -> None:

@@ -51,3 +51,23 @@ def _fake_quantized(x: Tensor, groups: int, group: int, mask: int) -> tuple[Tens
 def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     batch, heads, _, width = query.shape
     return query.new_empty((batch, 1, heads, width))
+
+
+@torch.library.register_fake("qat_plugin_native::linears")
+def _(
+    x: Tensor,
+    data: list[Tensor],
+    scale: list[Tensor],
+    bias: list[Tensor | None],
+    fixed_scale: Tensor | None,
+    n: list[int],
+    k: int,
+    bits: int,
+    integer: bool,
+) -> list[Tensor]:
+    return [x.new_empty((*x.shape[:-1], one)) for one in n]
+
+
+@torch.library.register_fake("qat_plugin_native::dense")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))

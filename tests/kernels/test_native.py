@@ -100,6 +100,38 @@ def test_many_rows_and_large_layers(spelling: str, dtype: torch.dtype) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 3, 40])
+@pytest.mark.parametrize("spelling", ["w8a8", "w8a16", "w4a8-g32", "w4a16-g32"])
+@pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
+def test_layers_of_one_input_compute_what_each_computes(spelling: str, tokens: int, dtype: torch.dtype) -> None:
+    weights = [packed(spelling, rows, 96, dtype, seed=rows)[1] for rows in (64, 100, 1)]
+    bias, x = torch.randn(100).to(dtype), torch.randn(2, tokens, 96).to(dtype)
+    scheme = weights[0].scheme
+    together = torch.ops.qat_plugin_native.linears(
+        x, [w.data_ for w in weights], [w.scale for w in weights], [None, bias, None], None,
+        [w.out_features for w in weights], 96, scheme.weight_bits, scheme.quantizes_activations,
+    )  # fmt: skip
+    for y, weight, added in zip(together, weights, (None, bias, None), strict=True):
+        assert torch.equal(y, F.linear(x, weight, added))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    tokens=st.integers(1, 4), rows=st.integers(1, 70), columns=st.integers(1, 400),
+    dtype=st.sampled_from(list(ROUNDING)), biased=st.booleans(),
+)  # fmt: skip
+def test_float_products_of_few_rows_are_as_exact(
+    tokens: int, rows: int, columns: int, dtype: torch.dtype, biased: bool
+) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    x, weight = (torch.randn(n, columns, generator=generator).to(dtype) for n in (tokens, rows))
+    bias = torch.randn(rows, generator=generator).to(dtype) if biased else None
+    y = torch.ops.qat_plugin_native.dense(x, weight, bias)
+    wanted = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    scale = (x.double().abs() @ weight.double().abs().t()).norm()  # sums may cancel
+    assert (y.double() - wanted).norm() <= ROUNDING[dtype] * wanted.norm() + 1e-6 * scale
+
+
 @pytest.mark.parametrize("spelling", ["w8a8", "w4a8-g32"])
 def test_integer_products_are_exact(spelling: str) -> None:
     """With scales of one, outputs are integers: compared with int64, at the ends of the range."""
@@ -167,7 +199,8 @@ def test_other_instruction_sets(isa: str) -> None:
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     if shown.stdout.split()[-1] != isa:
         pytest.skip(f"this CPU has no {isa}")
-    chosen = "within_its_rounding or exact or none_spoils or calibrated or many_rows or attends"
+    exact = ("within_its_rounding", "exact", "none_spoils", "calibrated", "many_rows", "attends", "compute_what_each")
+    chosen = " or ".join(exact)
     files = [__file__, str(Path(__file__).parents[1] / "test_inference.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", chosen]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -461,16 +461,54 @@ void dequantize(const Weight& w, int64_t b, void* y, Float type) {
     }
 }
 
+// Products of one row of weights with one of the input, in four sums so that none waits for another.
+template <Float TYPE>
+inline float row_product(const void* x, int64_t xi, const void* w, int64_t wi, int64_t k) {
+  __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+  int64_t i = 0;
+  if constexpr (TYPE == Float::bf16) {
+    const uint16_t *a = static_cast<const uint16_t*>(x) + xi, *b = static_cast<const uint16_t*>(w) + wi;
+    for (; i + 128 <= k; i += 128)
+      UNROLL for (int j = 0; j < 4; ++j) sum[j] = dot(sum[j], load(a + i + 32 * j), load(b + i + 32 * j));
+  } else {
+    for (; i + 64 <= k; i += 64)
+      UNROLL for (int j = 0; j < 4; ++j)
+        sum[j] = _mm512_fmadd_ps(load_floats(x, TYPE, xi + i + 16 * j, 0xffff), load_floats(w, TYPE, wi + i + 16 * j, 0xffff), sum[j]);
+  }
+  for (; i < k; i += 16) {
+    const __mmask16 mask = first(k - i);
+    sum[0] = _mm512_fmadd_ps(load_floats(x, TYPE, xi + i, mask), load_floats(w, TYPE, wi + i, mask), sum[0]);
+  }
+  return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
+}
+
+template <Float TYPE>
+void dense_rows(const Dense& d, int64_t begin, int64_t end) {
+  for (int64_t c = begin; c < end; ++c)
+    for (int64_t m = 0; m < d.m; ++m) {
+      const float sum = row_product<TYPE>(d.x, m * d.k, d.weight, c * d.k, d.k);
+      store(d.y, TYPE, m * d.n + c, d.bias ? sum + d.bias[c] : sum);
+    }
+}
+
+void dense(const Dense& d, int64_t begin, int64_t end) {
+  switch (d.type) {
+    case Float::f32: return dense_rows<Float::f32>(d, begin, end);
+    case Float::bf16: return dense_rows<Float::bf16>(d, begin, end);
+    case Float::f16: return dense_rows<Float::f16>(d, begin, end);
+  }
+}
+
 }  // namespace
 
 #ifdef __AVX512BF16__
 const Isa* avx512_bf16() {
-  static const Isa isa{"avx512-vnni-bf16", quantize_rows, split_rows, widen_rows, block, dequantize};
+  static const Isa isa{"avx512-vnni-bf16", quantize_rows, split_rows, widen_rows, block, dequantize, dense};
   return &isa;
 }
 #else
 const Isa* avx512() {
-  static const Isa isa{"avx512-vnni", quantize_rows, split_rows, widen_rows, block, dequantize};
+  static const Isa isa{"avx512-vnni", quantize_rows, split_rows, widen_rows, block, dequantize, dense};
   return &isa;
 }
 #endif

@@ -51,6 +51,15 @@ struct Job {
   Output out;
 };
 
+// A float layer: x [m][k], weight [n][k], y [m][n], all of one type; sums in float32.
+struct Dense {
+  const void *x, *weight;
+  void* y;
+  const float* bias;
+  Float type;
+  int64_t m, n, k;
+};
+
 struct Isa {
   const char* name;
   // rows [begin, end) of x [m][k]; fixed_scale or null for one per row
@@ -62,6 +71,7 @@ struct Isa {
   void (*block)(const Job&, int64_t block, int64_t begin, int64_t end, void* scratch);
   // numbers of one block, [64][k] of the layer's rows
   void (*dequantize)(const Weight&, int64_t block, void* y, Float type);
+  void (*dense)(const Dense&, int64_t begin, int64_t end);  // output channels [begin, end)
 };
 
 int64_t scratch_bytes(const Job&, int64_t rows);

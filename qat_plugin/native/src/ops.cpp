@@ -6,6 +6,7 @@
 
 #include <cstdlib>
 #include <string>
+#include <vector>
 
 #include "dispatch.h"
 #include "linear.h"
@@ -65,64 +66,107 @@ void* buffer(int which, size_t bytes) {
   return h.at;
 }
 
-Tensor linear(const Tensor& x_, const Tensor& data, const Tensor& scale, const std::optional<Tensor>& bias_,
-              const std::optional<Tensor>& fixed_scale, int64_t n, int64_t k, int64_t bits, bool integer) {
+// Layers that take one input: their weights agree in bits, inputs and groups.
+std::vector<Tensor> linears(const Tensor& x_, at::TensorList data, at::TensorList scale,
+                            const c10::List<std::optional<Tensor>>& bias, const std::optional<Tensor>& fixed_scale,
+                            at::IntArrayRef n, int64_t k, int64_t bits, bool integer) {
   TORCH_CHECK(x_.dim() >= 1 && x_.size(-1) == k, "qat_plugin: input has shape ", x_.sizes(), ", the layer takes ", k, " features");
-  const Tensor x = x_.contiguous();
-  auto shape = x.sizes().vec();
-  shape.back() = n;
-  Tensor y = at::empty(shape, x.options());
-  Job job{};
-  job.weight = weight_of(data, scale, n, k, bits);
-  const Weight& w = job.weight;
-  const int64_t m = job.m = k ? x.numel() / k : 0;
-  if (y.numel() == 0) return y;
-  job.integer = integer;
-  job.out.type = type_of(x.scalar_type());
-  job.out.y = y.mutable_data_ptr();
-  const Tensor bias = bias_ ? bias_->to(at::kFloat).contiguous() : Tensor();
-  TORCH_CHECK(!bias_ || bias.numel() == n, "qat_plugin: bias has ", bias.numel(), " elements, the layer ", n, " channels");
-  job.out.bias = bias_ ? bias.const_data_ptr<float>() : nullptr;
-  const float* fixed = fixed_scale ? fixed_scale->const_data_ptr<float>() : nullptr;
+  TORCH_CHECK(!data.empty() && data.size() == scale.size() && data.size() == bias.size() && data.size() == n.size(),
+              "qat_plugin: ", data.size(), " weights, ", scale.size(), " scales, ", bias.size(), " biases, ", n.size(), " sizes");
   TORCH_CHECK(!fixed_scale || fixed_scale->scalar_type() == at::kFloat, "qat_plugin: the activation scale is not float32");
+  const Tensor x = x_.contiguous();
+  const Float type = type_of(x.scalar_type());
+  const int64_t m = k ? x.numel() / k : 0;
+  std::vector<Tensor> outputs, biases;
+  std::vector<Job> jobs;
+  for (size_t i = 0; i < data.size(); ++i) {
+    auto shape = x.sizes().vec();
+    shape.back() = n[i];
+    outputs.push_back(at::empty(shape, x.options()));
+    const std::optional<Tensor> given = bias.get(i);
+    TORCH_CHECK(!given || given->numel() == n[i], "qat_plugin: bias has ", given ? given->numel() : 0, " elements, the layer ", n[i], " channels");
+    biases.push_back(given ? given->to(at::kFloat).contiguous() : Tensor());
+    Job job{};
+    job.weight = weight_of(data[i], scale[i], n[i], k, bits);
+    job.m = m, job.integer = integer;
+    job.out = {outputs[i].mutable_data_ptr(), given ? biases[i].const_data_ptr<float>() : nullptr, type};
+    // Few rows of 8-bit weights are widened as they are multiplied; many rows of a float32 model meet float32 numbers,
+    // because three bf16 products cost more than one of float32.
+    job.few = bits == 8 && m <= 4;
+    jobs.push_back(job);
+    TORCH_CHECK(job.weight.groups == jobs[0].weight.groups, "qat_plugin: layers of one input differ in their groups");
+  }
+  const Job& one = jobs[0];
+  const Weight& w = one.weight;
+  if (m == 0) {
+    for (const Tensor& y : outputs) y.zero_();  // no rows, or no inputs to sum over
+    return outputs;
+  }
 
   const Isa& cpu = isa();
   const void* input = x.const_data_ptr();
-  // Few rows of 8-bit weights are widened as they are multiplied; many rows of a float32 model meet float32 numbers,
-  // because three bf16 products cost more than one of float32.
-  job.few = bits == 8 && m <= 4;
-  const bool wide = !integer && (job.few || (job.out.type == Float::f32 && (bits == 8 || m > 16)));
-  const int planes = job.out.type == Float::f32 ? 3 : job.out.type == Float::f16 ? 2 : 1;
+  const bool wide = !integer && (one.few || (type == Float::f32 && (bits == 8 || m > 16)));
+  const int planes = type == Float::f32 ? 3 : type == Float::f16 ? 2 : 1;
   const size_t rows = static_cast<size_t>(m) * w.padded_k;
   const bool direct = !integer && !wide && planes == 1 && w.padded_k == k;  // bf16 rows are used where they lie
   char* held = static_cast<char*>(
       buffer(0, integer ? rows + 64 + m * (4 + 4 * w.groups) : wide ? 4 * rows : direct ? 0 : 2 * planes * rows));
-  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, k));
+  const int64_t grain = std::max<int64_t>(1, 32768 / k);
+  QuantizedRows quantized{};
+  Planes split{};
   if (integer) {
-    job.rows = {reinterpret_cast<int8_t*>(held), reinterpret_cast<float*>(held + (rows + 63) / 64 * 64), nullptr};
-    job.rows.start = reinterpret_cast<int32_t*>(job.rows.scale + m);
-    at::parallel_for(0, m, grain, [&](int64_t a, int64_t b) { cpu.quantize_rows(input, job.out.type, fixed, w, job.rows, a, b); });
+    quantized = {reinterpret_cast<int8_t*>(held), reinterpret_cast<float*>(held + (rows + 63) / 64 * 64), nullptr};
+    quantized.start = reinterpret_cast<int32_t*>(quantized.scale + m);
+    const float* fixed = fixed_scale ? fixed_scale->const_data_ptr<float>() : nullptr;
+    at::parallel_for(0, m, grain, [&](int64_t a, int64_t b) { cpu.quantize_rows(input, type, fixed, w, quantized, a, b); });
   } else if (wide) {
-    job.floats = reinterpret_cast<float*>(held);
     at::parallel_for(0, m, grain, [&](int64_t a, int64_t b) {
-      cpu.widen_rows(input, job.out.type, w, reinterpret_cast<float*>(held), a, b);
+      cpu.widen_rows(input, type, w, reinterpret_cast<float*>(held), a, b);
     });
   } else {
-    job.planes = {direct ? static_cast<uint16_t*>(const_cast<void*>(input)) : reinterpret_cast<uint16_t*>(held), planes};
+    split = {direct ? static_cast<uint16_t*>(const_cast<void*>(input)) : reinterpret_cast<uint16_t*>(held), planes};
     if (!direct)
-      at::parallel_for(0, m, grain, [&](int64_t a, int64_t b) { cpu.split_rows(input, job.out.type, w, job.planes, m, a, b); });
+      at::parallel_for(0, m, grain, [&](int64_t a, int64_t b) { cpu.split_rows(input, type, w, split, m, a, b); });
   }
 
-  const int64_t blocks = (n + kBlock - 1) / kBlock;
   const int64_t chunk = m <= 192 ? m : 128, chunks = (m + chunk - 1) / chunk;
-  const int64_t work = std::max<int64_t>(1, w.padded_k * kBlock * std::min<int64_t>(m, chunk));  // products of a task
-  at::parallel_for(0, blocks * chunks, std::max<int64_t>(1, (1 << 17) / work), [&](int64_t a, int64_t b) {
-    void* scratch = buffer(1, static_cast<size_t>(scratch_bytes(job, std::min(m, chunk))));
+  std::vector<int64_t> ends;  // of each layer, in tasks: a task is a block of channels by a chunk of rows
+  for (Job& job : jobs) {
+    job.rows = quantized, job.planes = split, job.floats = wide ? reinterpret_cast<float*>(held) : nullptr;
+    ends.push_back((ends.empty() ? 0 : ends.back()) + (job.weight.n + kBlock - 1) / kBlock * chunks);
+  }
+  const int64_t work = std::max<int64_t>(1, w.padded_k * kBlock * chunk);  // products of a task
+  at::parallel_for(0, ends.back(), std::max<int64_t>(1, (1 << 17) / work), [&](int64_t a, int64_t b) {
+    void* scratch = buffer(1, static_cast<size_t>(scratch_bytes(one, chunk)));
+    size_t layer = 0;
     for (int64_t task = a; task < b; ++task) {
-      const int64_t first = task % chunks * chunk;
-      cpu.block(job, task / chunks, first, std::min(m, first + chunk), scratch);
+      while (task >= ends[layer]) ++layer;
+      const int64_t at = task - (layer ? ends[layer - 1] : 0), begin = at % chunks * chunk;
+      cpu.block(jobs[layer], at / chunks, begin, std::min(m, begin + chunk), scratch);
     }
   });
+  return outputs;
+}
+
+Tensor linear(const Tensor& x, const Tensor& data, const Tensor& scale, const std::optional<Tensor>& bias,
+              const std::optional<Tensor>& fixed_scale, int64_t n, int64_t k, int64_t bits, bool integer) {
+  return linears(x, data, scale, c10::List<std::optional<Tensor>>({bias}), fixed_scale, n, k, bits, integer)[0];
+}
+
+// A float layer for few rows: each weight is read once, at the speed of memory.
+Tensor dense(const Tensor& x_, const Tensor& weight, const std::optional<Tensor>& bias_) {
+  TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous() && x_.dim() >= 1 && x_.size(-1) == weight.size(1) &&
+                  x_.scalar_type() == weight.scalar_type() && (!bias_ || bias_->numel() == weight.size(0)),
+              "qat_plugin: dense: input ", x_.sizes(), " does not fit weight ", weight.sizes());
+  const Tensor x = x_.contiguous(), bias = bias_ ? bias_->to(at::kFloat).contiguous() : Tensor();
+  const int64_t n = weight.size(0), k = weight.size(1), m = k ? x.numel() / k : 0;
+  auto shape = x.sizes().vec();
+  shape.back() = n;
+  Tensor y = at::empty(shape, x.options());
+  const Dense job{x.const_data_ptr(), weight.const_data_ptr(), y.mutable_data_ptr(),
+                  bias_ ? bias.const_data_ptr<float>() : nullptr, type_of(x.scalar_type()), m, n, k};
+  at::parallel_for(0, n, std::max<int64_t>(16, (1 << 16) / std::max<int64_t>(1, k)),
+                   [&](int64_t a, int64_t b) { isa().dense(job, a, b); });
   return y;
 }
 
@@ -146,9 +190,13 @@ std::string instruction_set() { return isa().name; }
 TORCH_LIBRARY(qat_plugin_native, m) {
   m.def("instruction_set() -> str", qat::instruction_set);
   m.def("linear(Tensor x, Tensor data, Tensor scale, Tensor? bias, Tensor? fixed_scale, int n, int k, int bits, bool integer) -> Tensor");
+  m.def("linears(Tensor x, Tensor[] data, Tensor[] scale, Tensor?[] bias, Tensor? fixed_scale, int[] n, int k, int bits, bool integer) -> Tensor[]");
+  m.def("dense(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("dequantize(Tensor data, Tensor scale, int n, int k, int bits, ScalarType dtype) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(qat_plugin_native, CPU, m) {
   m.impl("linear", qat::linear);
+  m.impl("linears", qat::linears);
+  m.impl("dense", qat::dense);
   m.impl("dequantize", qat::dequantize);
 }

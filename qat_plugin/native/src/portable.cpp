@@ -113,10 +113,19 @@ void dequantize(const Weight& w, int64_t b, void* y, Float type) {
     }
 }
 
+void dense(const Dense& d, int64_t begin, int64_t end) {
+  for (int64_t c = begin; c < end; ++c)
+    for (int64_t m = 0; m < d.m; ++m) {
+      float sum = 0;
+      for (int64_t i = 0; i < d.k; ++i) sum += load(d.x, d.type, m * d.k + i) * load(d.weight, d.type, c * d.k + i);
+      store(d.y, d.type, m * d.n + c, d.bias ? sum + d.bias[c] : sum);
+    }
+}
+
 }  // namespace
 
 const Isa& portable() {
-  static const Isa isa{"portable", quantize_rows, split_rows, widen_rows, block, dequantize};
+  static const Isa isa{"portable", quantize_rows, split_rows, widen_rows, block, dequantize, dense};
   return isa;
 }
 

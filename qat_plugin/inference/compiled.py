@@ -1,8 +1,4 @@
-"""``compile_for_inference(model)``: token by token, what is slow is no longer the weights but all that is around them.
-
-A decode step of a causal language model is compiled once, on a cache of fixed size, and its attention to that cache is
-one operator. Prompts of any length run as before. Any other module is compiled as a whole.
-"""
+"""A decode step, compiled once."""
 
 from __future__ import annotations
 
@@ -12,15 +8,16 @@ import itertools
 import types
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from qat_plugin.errors import ConversionError
+from qat_plugin.inference.attention import use_attention
+from qat_plugin.inference.graph import OneProductPerInput
 from qat_plugin.native import available
 
-ATTENTION = "qat_plugin"
 _NUMBERS = itertools.count()
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -60,7 +57,7 @@ def compile_for_inference(model: Model) -> Model:
         model.compile()
         return model
     if "_qat_decode" not in model.__dict__:
-        _use_attention(model)
+        use_attention(model)
         step = _DecodeStep(model.forward)
         model.__dict__["_qat_decode"] = step
         model.forward = step.as_method()
@@ -89,8 +86,10 @@ class _DecodeStep:
         self.eager = forward
         self.names = tuple(inspect.signature(forward).parameters)
         # The modules of a finished model do not change; asking each of them before each token costs more than a layer.
-        guards = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-        self.compiled = torch.compile(_with_code_of_its_own(forward), options=cast("dict[str, Any]", guards))
+        options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        if available():
+            options["post_grad_custom_post_pass"] = OneProductPerInput()
+        self.compiled = torch.compile(_with_code_of_its_own(forward), options=options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         named = {**dict(zip(self.names, args, strict=False)), **kwargs}
@@ -123,52 +122,3 @@ def _adds_one_token(named: dict[str, Any]) -> bool:
     if not isinstance(ids, Tensor) or ids.shape[1] != 1 or cache is None or torch.is_grad_enabled():
         return False
     return bool(getattr(cache, "is_compileable", False)) and not torch.compiler.is_compiling()
-
-
-def _use_attention(model: nn.Module) -> None:
-    """Let one new token attend by the native operator, where torch's own attention would."""
-    if getattr(model.config, "_attn_implementation", None) != "sdpa" or not available():
-        return
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-    AttentionInterface.register(ATTENTION, attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
-
-
-def attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface: the native operator for one query, torch's attention for more.
-
-    Args:
-        module: the attention layer.
-        query: [batch, heads, queries, width].
-        key, value: [batch, groups, positions, width]; heads read them in turn.
-        attention_mask: bool [batch, 1, queries, positions], true where a key is seen; or ``None`` for all.
-        dropout: probability, in training.
-        scaling: of the products; by default ``width ** -0.5``.
-
-    Returns:
-        [batch, queries, heads, width], and no weights.
-    """
-    one = query.shape[2] == 1 and query.device.type == "cpu" and not torch.is_grad_enabled()
-    plain = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
-    unusual = options.get("softcap") is not None or options.get("position_bias") is not None or options.get("cache")
-    if one and plain and not unusual and query.dtype == key.dtype:
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return torch.ops.qat_plugin_native.attend(query, key, value, attention_mask, scale), None
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    result: tuple[Tensor, None] = sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
-    )
-    return result
