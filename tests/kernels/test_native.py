@@ -74,7 +74,8 @@ def test_within_its_rounding_of_float64(
     x = torch.randn(tokens, layer[2], generator=generator).to(dtype)
     bias = torch.randn(layer[1], generator=generator).to(dtype) if biased else None
     wanted = in_float64(x, quantized, bias)
-    assert (F.linear(x, weight, bias).double() - wanted).norm() <= ROUNDING[dtype] * wanted.norm() + 1e-12
+    summed = (x.double().abs() @ quantized.dequantize(torch.float64).abs().t()).norm()  # sums may cancel
+    assert (F.linear(x, weight, bias).double() - wanted).norm() <= ROUNDING[dtype] * wanted.norm() + 1e-6 * summed
     held = weight.integers()
     assert torch.equal(held.q, quantized.q) and torch.equal(held.scale, quantized.scale)
     numbers = torch.ops.qat_plugin_native.dequantize(
