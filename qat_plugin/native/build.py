@@ -26,6 +26,10 @@ class BuildError(Exception):
     """Why the operators could not be built."""
 
 
+class SourceError(BuildError):
+    """The compiler does not take the sources."""
+
+
 @cache
 def compiler() -> str:
     """The C++ compiler and its version, as one line.
@@ -106,4 +110,5 @@ def _run(*command: str) -> None:
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         first = next((line for line in lines if "error" in line), lines[0])
-        raise BuildError(f"{command[0]} failed: {first}")
+        kind = SourceError if "error" in first else BuildError  # not: killed, or out of disk
+        raise kind(f"{command[0]} failed: {first}")

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -70,7 +71,7 @@ def native() -> Native:
 
     if os.environ.get(SWITCH, "1").lower() in ("0", "false", "off", "no"):
         return Native(None, f"{SWITCH}={os.environ[SWITCH]}")
-    from qat_plugin.native.build import BuildError, build, compiler
+    from qat_plugin.native.build import BuildError, compiler
 
     with _LOCK:
         try:
@@ -78,7 +79,7 @@ def native() -> Native:
             began = time.monotonic()
             built = not path.exists()
             if built:
-                build(SOURCES, path)
+                _build(path)
             torch.ops.load_library(str(path))
         except (BuildError, OSError) as error:
             return Native(None, str(error))
@@ -86,6 +87,21 @@ def native() -> Native:
 
     seconds = time.monotonic() - began if built else 0.0
     return Native(str(torch.ops.qat_plugin_native.instruction_set()), "", path, seconds)
+
+
+def _build(path: Path) -> None:
+    """Build, and remember sources that this compiler does not take: trying again costs seconds at each start."""
+    from qat_plugin.native.build import BuildError, SourceError, build
+
+    failed = path.with_suffix(".failed")
+    if failed.exists():
+        raise BuildError(f"{failed.read_text(encoding='utf-8').strip()} (remembered; delete {failed} to try again)")
+    print("qat_plugin: building its native operators, once: some 20 s ...", file=sys.stderr, flush=True)
+    try:
+        build(SOURCES, path)
+    except SourceError as error:
+        failed.write_text(f"{error}\n", encoding="utf-8")
+        raise
 
 
 def cache_folder() -> Path:

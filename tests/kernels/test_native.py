@@ -225,7 +225,11 @@ def test_why_there_are_none_is_said(tmp_path: Path) -> None:
     )
     broken.chmod(0o755)
     assert "failed: x.cpp:1: error: oh" in found(CXX=str(broken), QAT_PLUGIN_CACHE=str(tmp_path / "cache"))
-    assert not [file for file in (tmp_path / "cache").iterdir() if file.suffix == ".so"]
+    assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".failed"]
+    broken.write_text('#!/bin/sh\necho broken 1.0\n[ "$1" = --version ] || touch "$0.was-run"\n')
+    again = found(CXX=str(broken), QAT_PLUGIN_CACHE=str(tmp_path / "cache"))
+    assert "failed: x.cpp:1: error: oh (remembered; delete" in again
+    assert not (tmp_path / "compiler.was-run").exists()
 
 
 def test_a_model_converts_without_them() -> None:

@@ -9,11 +9,10 @@
 #include <torch/library.h>
 
 #include <atomic>
-#include <cstdlib>
-#include <cstring>
 #include <string>
 #include <tuple>
 
+#include "dispatch.h"
 #include "fake_quantize.h"
 
 namespace qat {
@@ -30,27 +29,10 @@ constexpr int64_t kLong = 1 << 16;                     // a longer group is shar
 constexpr int64_t kGrain = 1 << 14;                    // numbers worth a thread
 
 const FakeQuantizeIsa& isa() {
-  static const FakeQuantizeIsa& chosen = []() -> const FakeQuantizeIsa& {
 #ifdef QAT_X86
-    const char* wanted = std::getenv("QAT_PLUGIN_ISA");
-    __builtin_cpu_init();
-    const bool runs = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vnni");
-    if (runs && !(wanted && std::strcmp(wanted, "portable") == 0)) return fake_quantize_avx512();
+  if (vectorized()) return fake_quantize_avx512();
 #endif
-    return fake_quantize_portable();
-  }();
-  return chosen;
-}
-
-Float type_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat: return Float::f32;
-    case at::kBFloat16: return Float::bf16;
-    case at::kHalf: return Float::f16;
-    default: TORCH_CHECK(false, "qat_plugin: fake quantization of ", x.scalar_type(), "; fp32, bf16 or fp16 is needed");
-  }
+  return fake_quantize_portable();
 }
 
 Tensor empty_mask(const Tensor& x, int64_t groups, int64_t group, int64_t mask) {
@@ -103,7 +85,7 @@ Pair fake_quantize_weight(const Tensor& weight_, const Optional& scale_, const O
   Groups job{};
   job.x = weight.const_data_ptr();
   job.out = out.mutable_data_ptr();
-  job.type = type_of(weight);
+  job.type = type_of(weight.scalar_type());
   job.group = group;
   const float half = static_cast<float>(1 << (bits - 1));
   job.grid = {static_cast<int32_t>(bits), symmetric, symmetric ? (bits == 8 ? -127.0f : -half) : 0.0f,
@@ -133,7 +115,7 @@ Pair fake_quantize_activation(const Tensor& x_, const Optional& scale_, int64_t 
   Rows job{};
   job.x = x.const_data_ptr();
   job.out = out.mutable_data_ptr();
-  job.type = type_of(x);
+  job.type = type_of(x.scalar_type());
   job.k = k;
   job.scale = scale_ ? scale_->const_data_ptr<float>() : nullptr;
   job.inside = mask == kNone ? nullptr : inside.mutable_data_ptr<uint8_t>();
@@ -151,7 +133,7 @@ void keep_inside_(const Tensor& grad, const Tensor& inside, void* out) {
   if (!group) return;
   const void* from = grad.const_data_ptr();
   const uint8_t* bits = inside.const_data_ptr<uint8_t>();
-  const Float type = type_of(grad);
+  const Float type = type_of(grad.scalar_type());
   at::parallel_for(0, groups, std::max<int64_t>(1, kGrain / group),
                    [&](int64_t a, int64_t b) { isa().keep(from, out, type, group, bits, a, b); });
 }
