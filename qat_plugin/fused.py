@@ -152,6 +152,8 @@ def _form(x: Tensor) -> Form:
         return "plain"
     kind = x.device.type
     if kind == "cpu" and not torch.compiler.is_compiling():
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func transforms take no C++ autograd
+            return "plain"
         _native_runs = available()
     runs_native = kind == "cpu" and _native_runs
     if _asked is not None:

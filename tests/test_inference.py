@@ -15,7 +15,7 @@ from torch import nn
 
 from qat_plugin import convert, native
 from qat_plugin.errors import ConversionError
-from qat_plugin.inference import ATTENTION, compile_for_inference
+from qat_plugin.inference import ATTENTION, attention, compile_for_inference
 from qat_plugin.inference.graph import OneProductPerInput
 from tests.qlora.tiny_models import FAMILIES
 
@@ -53,6 +53,21 @@ def test_one_token_attends_as_in_float64(
     )  # fmt: skip
     assert found.shape == (batch, 1, groups * ratio, width) and found.dtype == dtype
     assert (found.double() - wanted.transpose(1, 2)).norm() <= 3 * DTYPES[dtype] * wanted.norm()
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
+def test_numbers_that_are_none_stay_none_and_nothing_seen_is_zero(dtype: torch.dtype) -> None:
+    query, key, value = (torch.randn(2, 2, n, 16).to(dtype) for n in (1, 5, 5))
+    mask = torch.ones(2, 1, 1, 5, dtype=torch.bool)
+    mask[1] = False
+    found = torch.ops.qat_plugin_native.attend(query, key, value, mask, 0.25)
+    assert not found[1].any()
+    assert found[0].all()
+    query[0, 0, 0, 3] = torch.nan
+    found = torch.ops.qat_plugin_native.attend(query, key, value, mask, 0.25)
+    assert found[0, 0, 0].isnan().all()
+    assert found[0, 0, 1].isfinite().all()
 
 
 @needs_native
@@ -119,6 +134,66 @@ def test_steps_are_those_of_the_model_and_two_models_stay_apart() -> None:
 
 
 @pytest.mark.slow
+def test_what_changes_later_is_seen() -> None:
+    """A copy, another type, other weights: each has the results of the model that was not compiled."""
+    fast = compile_for_inference(llama(0))
+    decoded(fast, prompt())
+    copied = copy.deepcopy(fast)
+    copied.load_state_dict(llama(1).state_dict())
+    torch.testing.assert_close(decoded(copied, prompt()), decoded(llama(1), prompt()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(decoded(fast, prompt()), decoded(llama(0), prompt()), rtol=1e-4, atol=1e-4)
+    fast.load_state_dict(llama(1).state_dict())
+    torch.testing.assert_close(decoded(fast, prompt()), decoded(llama(1), prompt()), rtol=1e-4, atol=1e-4)
+    narrow = llama(1).bfloat16()
+    torch.testing.assert_close(decoded(fast.bfloat16(), prompt()), decoded(narrow, prompt()), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.slow
+def test_adapters_are_switched_on_and_off() -> None:
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    fast = peft.get_peft_model(llama(), lora).eval()
+    plain = copy.deepcopy(fast)
+    compile_for_inference(fast)
+    for _ in range(2):
+        torch.testing.assert_close(decoded(fast, prompt()), decoded(plain, prompt()), rtol=1e-4, atol=1e-4)
+        with fast.disable_adapter(), plain.disable_adapter():
+            torch.testing.assert_close(decoded(fast, prompt()), decoded(plain, prompt()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_rotary_tables_that_grow() -> None:
+    """rope_type="dynamic" remembers how far it has been: what a module keeps is part of what is asked each time."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    config = tf.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16, rope_parameters=rope,
+    )  # fmt: skip
+    plain = tf.LlamaForCausalLM(config).eval()
+    fast = compile_for_inference(copy.deepcopy(plain))
+    for length, steps in ((4, 20), (20, 6), (4, 3)):
+        one, other = (decoded(model, prompt(1, length), steps=steps, size=48) for model in (fast, plain))
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_generate_keeps_what_the_caller_chooses() -> None:
+    model = compile_for_inference(llama())
+    ids = prompt()
+    cache = tf.StaticCache(model.config, max_cache_len=20)
+    given = model.generate(ids, max_new_tokens=4, do_sample=False, past_key_values=cache)
+    assert torch.equal(given, llama().generate(ids, max_new_tokens=4, do_sample=False))
+    assert model.generation_config.cache_implementation is None, "nothing is left behind for save_pretrained()"
+
+
+def test_heads_of_other_widths_go_to_torch() -> None:
+    query, key, value = torch.randn(1, 2, 1, 24), torch.randn(1, 2, 5, 24), torch.randn(1, 2, 5, 12)
+    with torch.inference_mode():
+        found, _ = attention(nn.Module(), query, key, value, None)
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(query, key, value).transpose(1, 2))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mistral", "qwen2", "gemma3", "gpt2"])
 def test_other_families(name: str) -> None:
     torch.manual_seed(0)
@@ -157,7 +232,7 @@ def test_the_attention_of_one_token_is_ours_where_it_was_sdpa() -> None:
     assert eager.config._attn_implementation == "eager", "a choice of the user's stays"
     assert compile_for_inference(model) is model
     assert compile_for_inference(model) is model, "a second call changes nothing"
-    expected = ATTENTION if native.available() else "sdpa"
+    expected = ATTENTION if native.vectorized() else "sdpa"
     assert model.config._attn_implementation == expected
     ids = prompt(2)
     growing = model.generate(ids, max_new_tokens=3, do_sample=False, cache_implementation="dynamic")

@@ -6,6 +6,7 @@ its dequantized weight equals the fake-quantized one exactly, and its output lie
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -101,12 +102,14 @@ def convert(
             proof = _convert_layers(layers, _checked(inputs or {}, layers), dtype, done, casts, reversible)
     except BaseException as failure:
         if gone := sum(conversion.gone for conversion in done):
-            if not isinstance(failure, Exception):
-                raise
-            raise ConversionError(
+            left = (
                 f"{type(model).__name__} is partly converted ({gone} of {len(layers)} layers) and their float weights "
-                f"are gone, as reversible=False allows: load it anew. {failure}"
-            ) from failure
+                "are gone, as reversible=False allows: load it anew."
+            )
+            if isinstance(failure, Exception):
+                raise ConversionError(f"{left} {failure}") from failure
+            warnings.warn(left, stacklevel=2)
+            raise
         for conversion in reversed(done):
             conversion.take_back()
         if fresh:

@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat_plugin.native import available
+from qat_plugin.native import vectorized
 
 ATTENTION = "qat_plugin"
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_WIDEST = 1024
 
 
 def use_attention(model: nn.Module) -> None:
     """Let one new token attend by the native operator, where torch's own attention would."""
-    if getattr(model.config, "_attn_implementation", None) != "sdpa" or not available():
+    if getattr(model.config, "_attn_implementation", None) != "sdpa" or not vectorized():
         return
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -47,10 +49,7 @@ def attention(
     Returns:
         [batch, queries, heads, width], and no weights.
     """
-    one = query.shape[2] == 1 and query.device.type == "cpu" and not torch.is_grad_enabled()
-    plain = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
-    unusual = options.get("softcap") is not None or options.get("position_bias") is not None or options.get("cache")
-    if one and plain and not unusual and query.dtype == key.dtype:
+    if _one_plain_token(query, key, value, attention_mask, options):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return torch.ops.qat_plugin_native.attend(query, key, value, attention_mask, scale), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -59,3 +58,15 @@ def attention(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
     )
     return result
+
+
+def _one_plain_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> bool:
+    """Whether the native operator takes this; anything else is torch's."""
+    if query.shape[2] != 1 or query.device.type != "cpu" or torch.is_grad_enabled():
+        return False
+    if any(options.get(name) is not None for name in ("softcap", "position_bias", "cache")):
+        return False
+    fits = query.dtype in _FLOATS and query.dtype == key.dtype == value.dtype and query.shape[-1] <= _WIDEST
+    if not fits or key.shape != value.shape or query.shape[0] != key.shape[0]:
+        return False
+    return mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1 and mask.shape[0] in (1, query.shape[0]))

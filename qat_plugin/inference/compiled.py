@@ -7,8 +7,8 @@ import inspect
 import itertools
 import types
 import warnings
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,22 +16,25 @@ from torch import Tensor, nn
 from qat_plugin.errors import ConversionError
 from qat_plugin.inference.attention import use_attention
 from qat_plugin.inference.graph import OneProductPerInput
-from qat_plugin.native import available
+from qat_plugin.native import vectorized
 
 _NUMBERS = itertools.count()
+# Of generate(): a caller who gives one of these has chosen a cache.
+_CHOOSES_A_CACHE = ("past_key_values", "cache_implementation", "assistant_model", "prompt_lookup_num_tokens")
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def compile_for_inference(model: Model) -> Model:
     """Compile a model for inference, in place.
 
-    A causal language model of transformers keeps its ``generate``: it uses a static cache now, and each step that feeds
-    one token runs compiled. Loops of your own get the same by passing a ``transformers.StaticCache``. The first such
-    step takes some ten seconds; a cache of another length or another batch size compiles once more, and for any length
-    or size after that.
+    A causal language model of transformers keeps its ``generate``: where the caller chooses no cache it takes a static
+    one, and each step that feeds one token runs compiled. Loops of your own get the same by passing a
+    ``transformers.StaticCache``. The first such step takes some ten seconds; a cache of another length or another batch
+    size compiles once more, and for any length or size after that.
 
-    The compiled step does not look whether modules or parameters were exchanged since: load, convert and move the model
-    before. Without a compiler the model is left as it is, with a warning.
+    New weights may be loaded into the model, it may change its type, device or adapters, and be copied. What the
+    compiled step does not see is a module put in another's place: call this afterwards. Without a compiler the model is
+    left as it is, with a warning.
 
     Args:
         model: in evaluation mode; converted or not.
@@ -52,17 +55,14 @@ def compile_for_inference(model: Model) -> Model:
     if reason := _no_compiler():
         warnings.warn(f"{type(model).__name__} is not compiled: {reason}", stacklevel=2)
         return model
-    generation: Any = getattr(model, "generation_config", None)
-    if generation is None:
+    whole: Any = model
+    inner: Any = whole.get_base_model() if hasattr(whole, "get_base_model") else whole  # peft calls the inner one
+    if not hasattr(inner, "generation_config"):
         model.compile()
-        return model
-    if "_qat_decode" not in model.__dict__:
-        use_attention(model)
-        step = _DecodeStep(model.forward)
-        model.__dict__["_qat_decode"] = step
-        model.forward = step.as_method()
-        generation.cache_implementation = "static"
-        generation.disable_compile = True  # generate() would compile the step a second time
+    elif not isinstance(inner.__dict__.get("forward"), _DecodeStep):
+        use_attention(inner)
+        inner.generate = _Generate(inner)
+        inner.forward = _DecodeStep(inner)
     return model
 
 
@@ -79,30 +79,77 @@ def _no_compiler() -> str:
     return ""
 
 
-class _DecodeStep:
+class _Method:
+    """Stands for a method of one model; a copy of the model has its own."""
+
+    name: str
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.original: Callable[..., Any] = getattr(model, self.name)
+        functools.update_wrapper(
+            cast("Callable[..., Any]", self), self.original
+        )  # with the signature that generate() reads
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Method:
+        copied = memo[id(self.model)]
+        copied.__dict__.pop(self.name, None)
+        return type(self)(copied)
+
+
+class _Generate(_Method):
+    """``generate`` on a static cache, unless the caller chooses another."""
+
+    name = "generate"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        config = kwargs.get("generation_config") or self.model.generation_config
+        chosen = any(kwargs.get(name) is not None for name in _CHOOSES_A_CACHE) or config.cache_implementation
+        if not chosen and kwargs.get("use_cache", config.use_cache) is not False:
+            kwargs = {"cache_implementation": "static", "disable_compile": True, **kwargs}  # it is compiled here
+        return self.original(*args, **kwargs)
+
+
+class _DecodeStep(_Method):
     """A forward pass that is compiled where it adds one token to a cache of fixed size."""
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        self.eager = forward
-        self.names = tuple(inspect.signature(forward).parameters)
-        # The modules of a finished model do not change; asking each of them before each token costs more than a layer.
-        options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-        if available():
-            options["post_grad_custom_post_pass"] = OneProductPerInput()
-        self.compiled = torch.compile(_with_code_of_its_own(forward), options=options)
+    name = "forward"
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.names = tuple(inspect.signature(self.original).parameters)
+        self.compiled: dict[Any, Callable[..., Any]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         named = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        return (self.compiled if _adds_one_token(named) else self.eager)(*args, **kwargs)
+        if not _adds_one_token(named):
+            return self.original(*args, **kwargs)
+        first = next(self.model.parameters())
+        key = (first.dtype, first.device, self.model.training)  # guards on tensors are left out
+        if key not in self.compiled:
+            options: dict[str, Any] = {"guard_filter_fn": _guards_on_state, **_graph_pass()}
+            self.compiled[key] = torch.compile(_with_code_of_its_own(self.original), fullgraph=True, options=options)
+        try:
+            return self.compiled[key](*args, **kwargs)
+        except torch._dynamo.exc.Unsupported:  # found before anything ran: not one graph, and so with all its guards
+            self.compiled[key] = torch.compile(_with_code_of_its_own(self.original), options=_graph_pass())
+            return self.compiled[key](*args, **kwargs)
 
-    def as_method(self) -> Callable[..., Any]:
-        """With the signature that ``generate`` reads."""
 
-        @functools.wraps(self.eager)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return self(*args, **kwargs)
+def _graph_pass() -> dict[str, Any]:
+    return {"post_grad_custom_post_pass": OneProductPerInput()} if vectorized() else {}
 
-        return forward
+
+def _guards_on_state(guards: Sequence[Any]) -> list[bool]:
+    """Which guards to ask before each token: not whether every module and parameter is still the one it was, which
+    takes longer than a layer; but the numbers, names and lists that modules keep (which adapter is active, how far
+    rotary tables reach).
+    """
+    kept = torch.compiler.skip_guard_on_all_nn_modules_unsafe(guards)
+    state = (bool, int, float, str, list, tuple, type(None))
+    return [
+        keep or (guard.has_value and isinstance(guard.value, state)) for keep, guard in zip(kept, guards, strict=True)
+    ]
 
 
 def _with_code_of_its_own(forward: Callable[..., Any]) -> Callable[..., Any]:

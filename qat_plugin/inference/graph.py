@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 _FEW_ROWS = 4  # up to which a float product is bound by reading its weight
 
 
@@ -74,18 +75,19 @@ def _merge(graph: Graph, nodes: list[Node]) -> None:
 
 
 def _replace_products(graph: Graph) -> None:
-    """``x @ weight.t()`` of few rows, where the weight is a parameter as nn.Linear holds it."""
+    """``x @ weight.t() (+ bias)`` of few rows, where the weight is a parameter as nn.Linear holds it."""
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.target is not torch.ops.aten.mm.default:
+        if node.op != "call_function" or node.target not in _PRODUCTS:
             continue
-        x, turned = node.args
+        bias, x, turned = node.args if len(node.args) == 3 else (None, *node.args)
         weight = _as_linear_holds_it(turned)
         rows = x.meta["val"].shape[0]
-        if weight is None or not isinstance(rows, int) or rows > _FEW_ROWS:
+        plain = bias is None or (bias.meta["val"].dim() == 1 and not node.kwargs)
+        if weight is None or not plain or not isinstance(rows, int) or rows > _FEW_ROWS:
             continue
         with graph.inserting_before(node):
-            product = graph.call_function(torch.ops.qat_plugin_native.dense.default, (x, weight, None))
-            product.meta.update(node.meta)
+            product = graph.call_function(torch.ops.qat_plugin_native.dense.default, (x, weight, bias))
+        product.meta.update(node.meta)
         node.replace_all_uses_with(product)
         graph.erase_node(node)
 

@@ -4,6 +4,6 @@
 lie in ``src``; a build takes some ten seconds and a C++20 compiler, and nothing else.
 """
 
-from qat_plugin.native.library import Native, available, native, native_disabled
+from qat_plugin.native.library import Native, available, native, native_disabled, vectorized
 
-__all__ = ["Native", "available", "native", "native_disabled"]
+__all__ = ["Native", "available", "native", "native_disabled", "vectorized"]

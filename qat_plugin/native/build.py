@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -39,19 +41,19 @@ def compiler() -> str:
     """
     command = _command()
     try:
-        shown = subprocess.run([command, "--version"], capture_output=True, text=True, check=True, timeout=60)
+        shown = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
-        raise BuildError(f"the C++ compiler {command} does not run: {error}") from error
-    return f"{command}: {shown.stdout.strip().splitlines()[0]}"
+        raise BuildError(f"the C++ compiler {' '.join(command)} does not run: {error}") from error
+    return f"{' '.join(command)}: {shown.stdout.strip().splitlines()[0]}"
 
 
-def _command() -> str:
-    if named := os.environ.get("CXX"):
+def _command() -> list[str]:
+    if named := shlex.split(os.environ.get("CXX", "")):
         return named
-    for name in ("g++", "clang++", "c++"):
+    for name in ("g++", "c++"):
         if shutil.which(name):
-            return name
-    raise BuildError("no C++ compiler was found (g++, clang++ or the CXX variable); install one to have them built")
+            return [name]
+    raise BuildError("no C++ compiler was found (g++, c++ or the CXX variable); install one to have them built")
 
 
 def build(sources: Path, target: Path) -> None:
@@ -70,7 +72,7 @@ def build(sources: Path, target: Path) -> None:
     if x86:
         units += [("avx512", "avx512.cpp", _AVX512), ("avx512_bf16", "avx512.cpp", (*_AVX512, _BF16))]
         units += [(name, f"{name}.cpp", _AVX512) for name in ("attention_avx512", "fake_quantize_avx512")]
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         work = Path(folder)
 
@@ -78,13 +80,13 @@ def build(sources: Path, target: Path) -> None:
             name, source, flags = unit
             include = _torch_flags() if name in _OPERATORS else ()
             output = str(work / f"{name}.o")
-            _run(_command(), *_FLAGS, *flags, *include, "-c", str(sources / source), "-o", output)
+            _run(*_command(), *_FLAGS, *flags, *include, "-c", str(sources / source), "-o", output)
             return output
 
         with ThreadPoolExecutor(max_workers=2) as pool:
             objects = list(pool.map(compile_one, units))
         library = work / target.name
-        _run(_command(), "-shared", "-o", str(library), *objects, *_link_flags())
+        _run(*_command(), "-shared", "-o", str(library), *objects, *_link_flags())
         os.replace(library, target)
 
 
@@ -110,5 +112,7 @@ def _run(*command: str) -> None:
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         first = next((line for line in lines if "error" in line), lines[0])
-        kind = SourceError if "error" in first else BuildError  # not: killed, or out of disk
+        own = any(re.match(r"\S+:\d+(:\d+)?: (fatal )?error:", line) for line in lines)
+        passing = any(word in done.stderr for word in ("Killed", "No space left", "Cannot allocate", "out of memory"))
+        kind = SourceError if own and not passing else BuildError
         raise kind(f"{command[0]} failed: {first}")

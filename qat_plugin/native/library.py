@@ -49,6 +49,11 @@ def available() -> bool:
     return not _disabled and native().instruction_set is not None
 
 
+def vectorized() -> bool:
+    """Whether they run here on instructions worth having: the portable form is a reference, and slower than torch."""
+    return available() and native().instruction_set != "portable"
+
+
 @contextlib.contextmanager
 def native_disabled() -> Iterator[None]:
     """Inside, everything runs in plain PyTorch: to compare, or to rule the native operators out."""
@@ -71,18 +76,18 @@ def native() -> Native:
 
     if os.environ.get(SWITCH, "1").lower() in ("0", "false", "off", "no"):
         return Native(None, f"{SWITCH}={os.environ[SWITCH]}")
-    from qat_plugin.native.build import BuildError, compiler
+    from qat_plugin.native.build import BuildError
 
     with _LOCK:
         try:
-            path = cache_folder() / f"qat_plugin_{_fingerprint(compiler())}.so"
+            path = cache_folder() / f"qat_plugin_{_fingerprint()}.so"
             began = time.monotonic()
             built = not path.exists()
             if built:
                 _build(path)
-            torch.ops.load_library(str(path))
-        except (BuildError, OSError) as error:
-            return Native(None, str(error))
+            _load(path, built=built)
+        except (BuildError, OSError, RuntimeError) as error:  # RuntimeError: no home folder, no cache folder
+            return Native(None, f"{error}" + (f" ({error.__cause__})" if error.__cause__ else ""))
     importlib.import_module("qat_plugin.native.meta")  # registers what torch.compile must know
 
     seconds = time.monotonic() - began if built else 0.0
@@ -91,16 +96,35 @@ def native() -> Native:
 
 def _build(path: Path) -> None:
     """Build, and remember sources that this compiler does not take: trying again costs seconds at each start."""
-    from qat_plugin.native.build import BuildError, SourceError, build
+    from qat_plugin.native.build import BuildError, SourceError, build, compiler
 
-    failed = path.with_suffix(".failed")
+    named = hashlib.sha256(compiler().encode()).hexdigest()[:8]
+    failed = path.with_suffix(f".{named}.failed")
     if failed.exists():
         raise BuildError(f"{failed.read_text(encoding='utf-8').strip()} (remembered; delete {failed} to try again)")
     print("qat_plugin: building its native operators, once: some 20 s ...", file=sys.stderr, flush=True)
     try:
         build(SOURCES, path)
     except SourceError as error:
-        failed.write_text(f"{error}\n", encoding="utf-8")
+        with contextlib.suppress(OSError):
+            failed.write_text(f"{error}\n", encoding="utf-8")
+        raise
+
+
+def _load(path: Path, *, built: bool) -> None:
+    """Load a library that nobody else could have put there."""
+    import torch
+
+    for place in (path, path.parent):
+        held = place.stat()
+        if held.st_uid not in (0, os.getuid()) or held.st_mode & 0o022:
+            raise OSError(f"{place} can be written by other users; it is not loaded. Name a folder of your own by "
+                          "QAT_PLUGIN_CACHE")  # fmt: skip
+    try:
+        torch.ops.load_library(str(path))
+    except OSError:
+        if built:
+            path.unlink(missing_ok=True)
         raise
 
 
@@ -113,8 +137,8 @@ def cache_folder() -> Path:
     return Path(platformdirs.user_cache_dir("qat_plugin")) / "native"
 
 
-def _fingerprint(compiler: str) -> str:
-    """Of all that decides what the library is."""
+def _fingerprint() -> str:
+    """Of all that decides what the library is, but for the compiler: one that is built needs none."""
     import platform
 
     import torch
@@ -122,6 +146,6 @@ def _fingerprint(compiler: str) -> str:
     digest = hashlib.sha256()
     for source in sorted([*SOURCES.iterdir(), Path(__file__).parent / "build.py"]):
         digest.update(source.name.encode() + source.read_bytes())
-    for part in (torch.__version__, torch.__file__, platform.machine(), compiler):
+    for part in (torch.__version__, torch.__file__, platform.machine()):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:16]

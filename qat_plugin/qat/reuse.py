@@ -40,7 +40,9 @@ class WeightReuse:
     _held: dict[LayerQuantizer, _Held] = field(default_factory=dict, repr=False)
 
     def drop(self) -> None:
-        """Forget all weights: for changes that torch does not count, such as those through ``weight.data``."""
+        """Forget all weights: for changes that torch does not count, such as those through ``weight.data``, or those of
+        FSDP2, which gathers into the same tensor; call it after each optimizer step there.
+        """
         self._held.clear()
 
     def fake_weight(self, quantizer: LayerQuantizer, weight: Tensor) -> Tensor:

@@ -218,7 +218,7 @@ def found(**environment: str) -> str:
 
 def test_why_there_are_none_is_said(tmp_path: Path) -> None:
     assert found(QAT_PLUGIN_NATIVE="0") == "no native operators: QAT_PLUGIN_NATIVE=0"
-    assert "no-such-compiler does not run" in found(CXX="no-such-compiler")
+    assert "no-such-compiler does not run" in found(CXX="no-such-compiler", QAT_PLUGIN_CACHE=str(tmp_path / "empty"))
     broken = tmp_path / "compiler"
     broken.write_text(
         '#!/bin/sh\n[ "$1" = --version ] && echo broken 1.0 && exit 0\necho "x.cpp:1: error: oh" >&2; exit 1\n'
@@ -230,6 +230,20 @@ def test_why_there_are_none_is_said(tmp_path: Path) -> None:
     again = found(CXX=str(broken), QAT_PLUGIN_CACHE=str(tmp_path / "cache"))
     assert "failed: x.cpp:1: error: oh (remembered; delete" in again
     assert not (tmp_path / "compiler.was-run").exists()
+
+
+def test_a_library_that_others_can_write_is_not_loaded(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    assert f"{tmp_path} can be written by other users" in found(QAT_PLUGIN_CACHE=str(tmp_path)) or os.getuid() != 0
+
+
+def test_a_compiler_that_was_stopped_is_asked_again(tmp_path: Path) -> None:
+    killed = tmp_path / "compiler"
+    said = "g++: fatal error: Killed signal terminated program cc1plus"
+    killed.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo 1.0 && exit 0\necho "{said}" >&2; exit 1\n')
+    killed.chmod(0o755)
+    assert "Killed signal" in found(CXX=str(killed), QAT_PLUGIN_CACHE=str(tmp_path / "cache"))
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_a_model_converts_without_them() -> None:

@@ -30,7 +30,7 @@ void attend_portable(const Attend& a, int64_t begin, int64_t end, float* scores)
         if (scores[l] != 0)
           sum += scores[l] *
                  load(a.value, a.type, b * a.value_strides[0] + g * a.value_strides[1] + l * a.value_strides[2] + d);
-      store(a.out, a.type, at * a.width + d, sum / total);
+      store(a.out, a.type, at * a.width + d, total == 0 ? 0 : sum / total);  // no key seen: zeros, as torch has it
     }
   }
 }

@@ -10,7 +10,7 @@ namespace {
 
 // e^x for x <= 0: 2^n times a polynomial in the rest, |rest| <= ln(2) / 2; relative error below 2e-7.
 inline __m512 exponential(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
+  x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x);  // NaN stays: the second one is returned for it
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
   r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
@@ -56,7 +56,8 @@ void heads(const Attend& a, int64_t begin, int64_t end, float* scores) {
       _mm512_mask_storeu_ps(scores + l, inside, weight);
       total = _mm512_add_ps(total, weight);
     }
-    const __m512 sum = _mm512_set1_ps(_mm512_reduce_add_ps(total));
+    const float all = _mm512_reduce_add_ps(total);
+    const __m512 sum = _mm512_set1_ps(all == 0 ? 1 : all);  // no key seen: zeros, as torch has it
     for (int64_t d = 0; d < a.width; d += 64) {
       __m512 out[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
       for (int64_t l = from; l < to; ++l) {

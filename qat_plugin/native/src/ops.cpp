@@ -45,7 +45,8 @@ Weight weight_of(const Tensor& data, const Tensor& scale, int64_t n, int64_t k, 
   return w;
 }
 
-// A buffer of this thread that grows and stays.
+// A buffer of this thread that grows, and stays while it is not large.
+constexpr size_t kKept = size_t{32} << 20;
 void* buffer(int which, size_t bytes) {
   struct Held {
     void* at = nullptr;
@@ -54,7 +55,7 @@ void* buffer(int which, size_t bytes) {
   };
   static thread_local Held held[2];
   Held& h = held[which];
-  if (h.size < bytes) {
+  if (h.size < bytes || (h.size > kKept && bytes <= kKept)) {
     std::free(h.at);
     h.size = (bytes + (1 << 16)) / 64 * 64;
     h.at = std::aligned_alloc(64, h.size);
@@ -163,6 +164,7 @@ Tensor dense(const Tensor& x_, const Tensor& weight, const std::optional<Tensor>
   auto shape = x.sizes().vec();
   shape.back() = n;
   Tensor y = at::empty(shape, x.options());
+  if (m == 0) return y.zero_();
   const Dense job{x.const_data_ptr(), weight.const_data_ptr(), y.mutable_data_ptr(),
                   bias_ ? bias.const_data_ptr<float>() : nullptr, type_of(x.scalar_type()), m, n, k};
   at::parallel_for(0, n, std::max<int64_t>(16, (1 << 16) / std::max<int64_t>(1, k)),
