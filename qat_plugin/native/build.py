@@ -87,6 +87,7 @@ def build(sources: Path, target: Path) -> None:
             objects = list(pool.map(compile_one, units))
         library = work / target.name
         _run(*_command(), "-shared", "-o", str(library), *objects, *_link_flags())
+        library.chmod(0o755)
         os.replace(library, target)
 
 

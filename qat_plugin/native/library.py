@@ -117,7 +117,8 @@ def _load(path: Path, *, built: bool) -> None:
 
     for place in (path, path.parent):
         held = place.stat()
-        if held.st_uid not in (0, os.getuid()) or held.st_mode & 0o022:
+        others = held.st_mode & 0o002 or (held.st_mode & 0o020 and held.st_gid not in (0, os.getgid()))
+        if held.st_uid not in (0, os.getuid()) or others:
             raise OSError(f"{place} can be written by other users; it is not loaded. Name a folder of your own by "
                           "QAT_PLUGIN_CACHE")  # fmt: skip
     try:
