@@ -2,6 +2,7 @@
 
     python benchmarks/decode.py                                    # 137 M random parameters, some minutes
     python benchmarks/decode.py --schemes w8a8 --prompt 512 --json decode.json
+    python benchmarks/decode.py --profile w4a16-g32                # where a compiled token's time goes, nothing else
 
 ``eager`` is transformers' own loop over a growing cache; ``compiled`` is ``compile_for_inference(model)`` on a static
 cache. llama.cpp takes part where llama-cpp-python is installed, on the same weights, quantized by itself. Contenders
@@ -43,6 +44,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=48, help="tokens decoded a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--profile", metavar="SCHEME", help="print torch's profile of compiled tokens instead")
     parser.add_argument("--json", type=Path, help="write all figures there")
     return parser.parse_args()
 
@@ -99,11 +101,28 @@ def contenders(options: argparse.Namespace, folder: Path) -> dict[str, Callable[
     return made
 
 
+def profile(options: argparse.Namespace) -> None:
+    """Milliseconds a token of each operator in the compiled step."""
+    model = compile_for_inference(convert(random_llama(options, torch.bfloat16), options.profile))
+    one = Torch(model, options, static=True)
+    one.prefill(torch.arange(options.prompt)[None] % options.vocabulary)
+    one.decode(8)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        one.decode(16)
+    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    for event in events[:10]:
+        print(f"{event.self_cpu_time_total / 16e3:8.3f} ms  {event.count / 16:6.1f} calls  {event.key[:60]}")
+
+
 def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
     print(f"{native.native()}; {options.threads} threads")
+    if options.profile:
+        with torch.inference_mode():
+            profile(options)
+        return
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         made = contenders(options, Path(folder))
         for run in made.values():

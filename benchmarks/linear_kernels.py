@@ -87,8 +87,9 @@ class Shape:
         torch.manual_seed(0)
         weight = torch.randn(rows, columns, device=options.device)
         self.weights: dict[str, list[Any]] = {"bf16": self._copies(weight.bfloat16())}
-        if self.dtype != torch.bfloat16:
-            self.weights[options.dtype] = self._copies(weight.to(self.dtype))
+        self.weights["fp32"] = self._copies(weight)
+        if options.dtype == "fp16":
+            self.weights["fp16"] = self._copies(weight.half())
         self.kernels: dict[str, str] = {}
         for spelling in options.schemes:
             quantized = QuantizedWeight.from_integers(round_to_nearest(weight, Scheme.parse(spelling)), self.dtype)
@@ -119,11 +120,13 @@ class Shape:
         columns = self.weights["bf16"][0].shape[1]
         x = torch.randn(tokens, columns, device=self.options.device)
         mine, narrow = x.to(self.dtype), x.bfloat16()
+        inputs = {"fp32": x}
         calls = {"bf16": rotating(self.weights["bf16"], lambda w: F.linear(narrow, w))}
         calls["compiled"] = rotating(self.weights["bf16"], lambda w: compiled(narrow, w))
         for name, weights in self.weights.items():
             if name != "bf16":
-                calls[name] = rotating(weights, lambda w: F.linear(mine, w))
+                given = inputs.get(name, mine)
+                calls[name] = rotating(weights, lambda w, given=given: F.linear(given, w))
         return calls
 
 

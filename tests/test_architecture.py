@@ -12,8 +12,9 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "qat_plugin"
 # A room imports only rooms above it.
 ROOMS = (
-    "errors", "scheme", "native", "numerics", "fused", "losses", "kernels", "policy", "observers", "qat", "conversion",
-    "inference", "measure", "report", "qlora", "data", "models", "callbacks", "config", "runs", "__main__",
+    "errors", "cache", "scheme", "native", "numerics", "fused", "losses", "kernels", "policy", "observers", "qat",
+    "conversion", "inference", "measure", "report", "qlora", "data", "models", "callbacks", "config", "runs",
+    "__main__",
 )  # fmt: skip
 HEAVY = {"lightning", "hydra", "omegaconf", "transformers", "tokenizers", "peft", "bitsandbytes", "torchao", "rich"}
 # third parties that a room may import at the top of a module

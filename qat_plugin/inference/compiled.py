@@ -87,9 +87,8 @@ class _Method:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.original: Callable[..., Any] = getattr(model, self.name)
-        functools.update_wrapper(
-            cast("Callable[..., Any]", self), self.original
-        )  # with the signature that generate() reads
+        # with the signature that generate() reads
+        functools.update_wrapper(cast("Callable[..., Any]", self), self.original)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Method:
         copied = memo[id(self.model)]
@@ -98,14 +97,15 @@ class _Method:
 
 
 class _Generate(_Method):
-    """``generate`` on a static cache, unless the caller chooses another."""
+    """``generate`` on a static cache, unless the caller chooses another or the model takes none."""
 
     name = "generate"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         config = kwargs.get("generation_config") or self.model.generation_config
         chosen = any(kwargs.get(name) is not None for name in _CHOOSES_A_CACHE) or config.cache_implementation
-        if not chosen and kwargs.get("use_cache", config.use_cache) is not False:
+        fits = not self.model.config.is_encoder_decoder and getattr(self.model, "_can_compile_fullgraph", False)
+        if fits and not chosen and kwargs.get("use_cache", config.use_cache) is not False:
             kwargs = {"cache_implementation": "static", "disable_compile": True, **kwargs}  # it is compiled here
         return self.original(*args, **kwargs)
 

@@ -27,13 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qat_plugin.cache import cache_directory
 from qat_plugin.data.documents import SEPARATOR
 from qat_plugin.data.embedded import TRAIN_CHARACTERS, VALID_CHARACTERS, Corpus, embedded_corpus
 from qat_plugin.data.text import TextData
 from qat_plugin.errors import ConfigError
 from qat_plugin.kernels.torchao_import import known_noise_dropped
 from qat_plugin.measure import Progress, progressing
-from qat_plugin.qlora.source import cache_directory, quiet_transformers
+from qat_plugin.qlora.source import quiet_transformers
 
 _MARK = "complete.json"
 _FORMAT = 1

@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
+from qat_plugin.cache import cache_directory
+
 SOURCES: Final = Path(__file__).parent / "src"
 SWITCH: Final = "QAT_PLUGIN_NATIVE"
 _LOCK = threading.Lock()
@@ -69,8 +71,8 @@ def native_disabled() -> Iterator[None]:
 def native() -> Native:
     """Build or load the operators, once a process.
 
-    Environment: ``QAT_PLUGIN_NATIVE=0`` leaves them out; ``QAT_PLUGIN_CACHE`` names the folder of built libraries (by
-    default the user's cache folder); ``CXX`` names the compiler.
+    Environment: ``QAT_PLUGIN_NATIVE=0`` leaves them out; ``QAT_PLUGIN_CACHE`` moves the folder they are kept in;
+    ``CXX`` names the compiler.
     """
     import torch
 
@@ -80,7 +82,9 @@ def native() -> Native:
 
     with _LOCK:
         try:
-            path = cache_folder() / f"qat_plugin_{_fingerprint()}.so"
+            path = cache_directory() / "native" / f"qat_plugin_{_fingerprint()}.so"
+            if path.parent.exists():
+                _only_ours(path.parent)
             began = time.monotonic()
             built = not path.exists()
             if built:
@@ -112,15 +116,9 @@ def _build(path: Path) -> None:
 
 
 def _load(path: Path, *, built: bool) -> None:
-    """Load a library that nobody else could have put there."""
     import torch
 
-    for place in (path, path.parent):
-        held = place.stat()
-        others = held.st_mode & 0o002 or (held.st_mode & 0o020 and held.st_gid not in (0, os.getgid()))
-        if held.st_uid not in (0, os.getuid()) or others:
-            raise OSError(f"{place} can be written by other users; it is not loaded. Name a folder of your own by "
-                          "QAT_PLUGIN_CACHE")  # fmt: skip
+    _only_ours(path)
     try:
         torch.ops.load_library(str(path))
     except OSError:
@@ -129,13 +127,15 @@ def _load(path: Path, *, built: bool) -> None:
         raise
 
 
-def cache_folder() -> Path:
-    """Where built libraries lie."""
-    if folder := os.environ.get("QAT_PLUGIN_CACHE"):
-        return Path(folder)
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("qat_plugin")) / "native"
+def _only_ours(place: Path) -> None:
+    """Raise where somebody else could have put code that we would run."""
+    held = place.stat()
+    others = held.st_mode & 0o002 or (held.st_mode & 0o020 and held.st_gid not in (0, os.getgid()))
+    if held.st_uid not in (0, os.getuid()) or others:
+        raise OSError(
+            f"{place} can be written by other users; nothing in it is run. Name a folder of your own by "
+            "QAT_PLUGIN_CACHE"
+        )
 
 
 def _fingerprint() -> str:

@@ -86,15 +86,6 @@ def _from_hub(name: str, revision: str | None) -> Source:
     return Source(snapshot, name, snapshot.name)
 
 
-def cache_directory() -> Path:
-    """Where models are kept: ``QAT_PLUGIN_CACHE``, else the user's cache directory."""
-    if given := os.environ.get("QAT_PLUGIN_CACHE"):
-        return Path(given).expanduser()
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("qat_plugin"))
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """``config.json`` of a transformers directory.
 

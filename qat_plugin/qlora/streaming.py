@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qat_plugin.cache import cache_directory
 from qat_plugin.errors import ConfigError
 from qat_plugin.measure import Progress, progressing
 from qat_plugin.measure.host_memory import AnonymousMemory, return_freed_memory
@@ -33,7 +34,6 @@ from qat_plugin.qlora.record import LOADED, BaseRecord
 from qat_plugin.qlora.shell import Shell
 from qat_plugin.qlora.source import (
     Source,
-    cache_directory,
     check_vocabulary,
     find_source,
     load_tokenizer,

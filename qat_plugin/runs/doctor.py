@@ -8,9 +8,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import platformdirs
 import torch
 
+from qat_plugin.cache import cache_directory
 from qat_plugin.fused import implementation
 from qat_plugin.kernels import LayerSpec, choose
 from qat_plugin.kernels.torchao_import import dropped, import_torchao
@@ -69,7 +69,7 @@ def _gpu() -> Iterator[tuple[str, str]]:
 
 def _folders() -> Iterator[tuple[str, str]]:
     yield "working directory", _writable(Path.cwd())
-    yield "cache", _writable(Path(platformdirs.user_cache_dir("qat_plugin")))
+    yield "cache", _writable(cache_directory())
     yield "temporary", _writable(Path(tempfile.gettempdir()))
 
 

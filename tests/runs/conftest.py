@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qat_plugin.__main__ import main
+from qat_plugin.native import native
 
 MODULE = '''
 import os, signal
@@ -103,3 +104,19 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str,
     threads = torch.get_num_threads()
     yield ("--config-dir", "recipes", "recipe=mlp", "allow=[mine_of_tests]")
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the module's own, but for the operators that are built already."""
+    folder = tmp_path_factory.mktemp("cache")
+    if path := native().path:
+        (folder / "native").symlink_to(path.parent)
+    return folder
+
+
+@pytest.fixture
+def alone(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an empty folder, with that cache."""
+    monkeypatch.setenv("QAT_PLUGIN_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)

@@ -35,15 +35,7 @@ TRAINED = {"ptq_tiny": "PTQ", "qlora_tiny": "merged, w4a16-g32", "qat_lora_tiny"
 RECIPES = sorted(path.stem for path in recipes_folder().glob("*.yaml"))
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def _small_cache(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QAT_PLUGIN_CACHE", str(cache))
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 @pytest.fixture
