@@ -1,57 +1,15 @@
 // linear.h on AVX512-VNNI; built a second time with AVX512-BF16 for its float products.
-//
-// A tile is up to 6 rows by 64 channels of accumulators. With groups, each group's sum is scaled into a second set of
-// accumulators, so that a tile has 3 rows. 4-bit weights are taken apart in registers for each tile: that beats taking
-// them apart once into a panel at every number of rows (measured on Zen 4, 1 to 128 rows). 8-bit weights become numbers
-// in a panel, unless there are few rows.
 #include <algorithm>
-#include <cstring>
 
 #include "linear.h"
 #include "numbers.h"
 #include "simd.h"
+#include "tiles_avx512.h"
 
 namespace qat {
 namespace {
 
-#define UNROLL _Pragma("GCC unroll 8")
 constexpr int64_t kPanel = 512;  // inputs of a panel, unless a group is longer
-
-inline __m512 load_scale(const uint16_t* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-
-// Products are written as instructions: GCC copies the accumulators of the intrinsics from register to register.
-
-// Sum of four products of unsigned by signed bytes, added to 32-bit integers.
-inline __m512i dot(__m512i sum, __m512i unsigned_bytes, __m512i signed_bytes) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
-  return sum;
-}
-
-// Sum of pairs of bf16 products, in float32.
-inline __m512 dot(__m512 sum, __m512i a, __m512i b) {
-#ifdef __AVX512BF16__
-  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-  return sum;
-#else
-  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-  sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(a, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)), sum);
-  return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(a, high)), _mm512_castsi512_ps(_mm512_and_si512(b, high)), sum);
-#endif
-}
-
-inline __m512i broadcast4(const void* p) {
-  int32_t v;
-  std::memcpy(&v, p, 4);
-  return _mm512_set1_epi32(v);
-}
-inline __m512i load(const void* p) { return _mm512_loadu_si512(p); }
-
-// bf16 of -8..7, twice: VPERMW reads five bits of an index, the fifth is another integer's.
-inline __m512i nibble_table() {
-  alignas(64) uint16_t t[32];
-  for (int i = 0; i < 32; ++i) t[i] = to_bf16(static_cast<float>(i % 16 - 8));
-  return _mm512_load_si512(t);
-}
 
 // ---------------------------------------------------------------------------------------------------- activations
 
@@ -112,211 +70,6 @@ void widen_rows(const void* x, Float type, const Weight& w, float* out, int64_t 
       _mm512_mask_storeu_ps(out + m * w.padded_k + i, first(w.padded_k - i),
                             load_floats(x, type, m * w.k + i, first(w.k - i)));
 }
-
-// ---------------------------------------------------------------------------------------------------------- tiles
-
-// What one tile reads and where its sums go.
-struct Tile {
-  const uint8_t* weights;  // of the block (or panel), at the first input of the range
-  const uint16_t* scale;   // of the block, at the first group of the range; [64] apart
-  const void* rows;        // activations at the first input of the range
-  int64_t stride;          // of a row, in elements
-  const int32_t* start;    // integers: at the first group of the range
-  int64_t groups, all_groups, size;  // groups in the range, of the layer; inputs of a group
-  float* sums;             // [rows][64]
-  bool fresh;              // the range is the first one
-};
-
-template <int MR>
-inline void finish(const Tile& t, __m512 (&total)[MR][4]) {
-  for (int r = 0; r < MR; ++r)
-    for (int j = 0; j < 4; ++j) _mm512_storeu_ps(t.sums + r * kBlock + 16 * j, total[r][j]);
-}
-template <int MR>
-inline void begin_with(const Tile& t, __m512 (&total)[MR][4]) {
-  for (int r = 0; r < MR; ++r)
-    for (int j = 0; j < 4; ++j)
-      total[r][j] = t.fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(t.sums + r * kBlock + 16 * j);
-}
-
-// Integer sums of one range of inputs.
-template <int MR, int BITS>
-__attribute__((always_inline)) inline void integers(__m512i (&acc)[MR][4], const uint8_t*& w, const int8_t* a, int64_t stride, int64_t size) {
-  if constexpr (BITS == 8) {
-    for (int64_t i = 0; i < size; i += 4, w += 256) {
-      __m512i v[4];
-      UNROLL for (int j = 0; j < 4; ++j) v[j] = load(w + 64 * j);
-      UNROLL for (int r = 0; r < MR; ++r) {
-        const __m512i x = broadcast4(a + r * stride + i);
-        UNROLL for (int j = 0; j < 4; ++j) acc[r][j] = dot(acc[r][j], v[j], x);
-      }
-    }
-  } else {
-    const __m512i mask = _mm512_set1_epi8(15);
-    for (int64_t i = 0; i < size; i += 8, w += 256) {
-      __m512i x[MR], z[MR];
-      UNROLL for (int r = 0; r < MR; ++r) x[r] = broadcast4(a + r * stride + i), z[r] = broadcast4(a + r * stride + i + 4);
-      UNROLL for (int j = 0; j < 4; ++j) {
-        const __m512i v = load(w + 64 * j);
-        const __m512i low = _mm512_and_si512(v, mask), high = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
-        UNROLL for (int r = 0; r < MR; ++r) acc[r][j] = dot(acc[r][j], low, x[r]);
-        UNROLL for (int r = 0; r < MR; ++r) acc[r][j] = dot(acc[r][j], high, z[r]);
-      }
-    }
-  }
-}
-
-template <int MR, int BITS>
-void integer_tile(const Tile& t) {
-  const uint8_t* w = t.weights;
-  const int8_t* a = static_cast<const int8_t*>(t.rows);
-  __m512 total[MR][4];
-  begin_with(t, total);
-  for (int64_t g = 0; g < t.groups; ++g, a += t.size) {
-    __m512i acc[MR][4];
-    UNROLL for (int r = 0; r < MR; ++r)
-      UNROLL for (int j = 0; j < 4; ++j) acc[r][j] = _mm512_set1_epi32(t.start[r * t.all_groups + g]);
-    integers<MR, BITS>(acc, w, a, t.stride, t.size);
-    UNROLL for (int j = 0; j < 4; ++j) {
-      const __m512 scale = load_scale(t.scale + g * kBlock + 16 * j);
-      UNROLL for (int r = 0; r < MR; ++r) total[r][j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[r][j]), scale, total[r][j]);
-    }
-  }
-  finish(t, total);
-}
-
-// One group over all inputs, up to 6 rows: the totals are the sums themselves.
-template <int MR>
-void channel_tile(const Tile& t) {
-  __m512i acc[MR][4];
-  UNROLL for (int r = 0; r < MR; ++r)
-    UNROLL for (int j = 0; j < 4; ++j) acc[r][j] = _mm512_set1_epi32(t.start[r]);
-  const uint8_t* w = t.weights;
-  integers<MR, 8>(acc, w, static_cast<const int8_t*>(t.rows), t.stride, t.size);
-  UNROLL for (int j = 0; j < 4; ++j) {
-    const __m512 scale = load_scale(t.scale + 16 * j);
-    UNROLL for (int r = 0; r < MR; ++r)
-      _mm512_storeu_ps(t.sums + r * kBlock + 16 * j, _mm512_mul_ps(_mm512_cvtepi32_ps(acc[r][j]), scale));
-  }
-}
-
-// bf16 rows by a panel of bf16 pairs, or by 4-bit weights taken apart in registers.
-template <int MR, bool PANEL>
-__attribute__((always_inline)) inline void floats(__m512 (&acc)[MR][4], const uint8_t*& w, const uint16_t* a, int64_t stride, int64_t size) {
-  if constexpr (PANEL) {
-    for (int64_t i = 0; i < size; i += 2, w += 256) {
-      __m512i v[4];
-      UNROLL for (int j = 0; j < 4; ++j) v[j] = load(w + 64 * j);
-      UNROLL for (int r = 0; r < MR; ++r) {
-        const __m512i x = broadcast4(a + r * stride + i);
-        UNROLL for (int j = 0; j < 4; ++j) acc[r][j] = dot(acc[r][j], v[j], x);
-      }
-    }
-  } else {
-    const __m512i table = nibble_table();
-    for (int64_t i = 0; i < size; i += 8, w += 256) {
-      UNROLL for (int j = 0; j < 4; ++j) {
-        const __m512i v = load(w + 64 * j);
-        UNROLL for (int s = 0; s < 4; ++s) {
-          const __m512i pair = _mm512_permutexvar_epi16(s ? _mm512_srli_epi16(v, 4 * s) : v, table);
-          UNROLL for (int r = 0; r < MR; ++r) acc[r][j] = dot(acc[r][j], pair, broadcast4(a + r * stride + i + 2 * s));
-        }
-      }
-    }
-  }
-}
-
-template <int MR, bool PANEL>
-void float_tile(const Tile& t) {
-  const uint8_t* w = t.weights;
-  const uint16_t* a = static_cast<const uint16_t*>(t.rows);
-  __m512 total[MR][4];
-  begin_with(t, total);
-  for (int64_t g = 0; g < t.groups; ++g, a += t.size) {
-    __m512 acc[MR][4];
-    UNROLL for (int r = 0; r < MR; ++r)
-      UNROLL for (int j = 0; j < 4; ++j) acc[r][j] = _mm512_setzero_ps();
-    floats<MR, PANEL>(acc, w, a, t.stride, t.size);
-    UNROLL for (int j = 0; j < 4; ++j) {
-      const __m512 scale = load_scale(t.scale + g * kBlock + 16 * j);
-      UNROLL for (int r = 0; r < MR; ++r) total[r][j] = _mm512_fmadd_ps(acc[r][j], scale, total[r][j]);
-    }
-  }
-  finish(t, total);
-}
-
-// A panel of integers whose one scale comes last, up to 6 rows.
-template <int MR>
-void plain_tile(const Tile& t) {
-  __m512 total[MR][4];
-  begin_with(t, total);
-  const uint8_t* w = t.weights;
-  floats<MR, true>(total, w, static_cast<const uint16_t*>(t.rows), t.stride, t.size);
-  finish(t, total);
-}
-
-// float32 rows by 8-bit weights: up to 3 rows.
-template <int MR>
-void wide_tile(const Tile& t) {
-  const uint8_t* w = t.weights;
-  const float* a = static_cast<const float*>(t.rows);
-  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
-  __m512 total[MR][4];
-  begin_with(t, total);
-  for (int64_t g = 0; g < t.groups; ++g, a += t.size) {
-    __m512 acc[MR][4];
-    UNROLL for (int r = 0; r < MR; ++r)
-      UNROLL for (int j = 0; j < 4; ++j) acc[r][j] = _mm512_setzero_ps();
-    for (int64_t i = 0; i < t.size; i += 4, w += 256) {
-      UNROLL for (int j = 0; j < 4; ++j) {
-        const __m512i v = _mm512_xor_si512(load(w + 64 * j), flip);
-        UNROLL for (int s = 0; s < 4; ++s) {
-          const __m512 number = _mm512_cvtepi32_ps(_mm512_srai_epi32(s < 3 ? _mm512_slli_epi32(v, 24 - 8 * s) : v, 24));
-          UNROLL for (int r = 0; r < MR; ++r)
-            acc[r][j] = _mm512_fmadd_ps(number, _mm512_set1_ps(a[r * t.stride + i + s]), acc[r][j]);
-        }
-      }
-    }
-    UNROLL for (int j = 0; j < 4; ++j) {
-      const __m512 scale = load_scale(t.scale + g * kBlock + 16 * j);
-      UNROLL for (int r = 0; r < MR; ++r) total[r][j] = _mm512_fmadd_ps(acc[r][j], scale, total[r][j]);
-    }
-  }
-  finish(t, total);
-}
-
-// float32 rows by a panel of float32 numbers [inputs][64], up to 6 rows.
-template <int MR>
-void number_tile(const Tile& t) {
-  __m512 total[MR][4];
-  begin_with(t, total);
-  const float* w = reinterpret_cast<const float*>(t.weights);
-  const float* a = static_cast<const float*>(t.rows);
-  for (int64_t i = 0; i < t.size; ++i, w += kBlock) {
-    __m512 v[4];
-    UNROLL for (int j = 0; j < 4; ++j) v[j] = _mm512_loadu_ps(w + 16 * j);
-    UNROLL for (int r = 0; r < MR; ++r) {
-      const __m512 x = _mm512_set1_ps(a[r * t.stride + i]);
-      UNROLL for (int j = 0; j < 4; ++j) total[r][j] = _mm512_fmadd_ps(v[j], x, total[r][j]);
-    }
-  }
-  finish(t, total);
-}
-
-using Run = void (*)(const Tile&);
-template <template <int> class Of>
-constexpr Run pick(int64_t rows) {
-  constexpr Run table[] = {Of<1>::run, Of<2>::run, Of<3>::run, Of<4>::run, Of<5>::run, Of<6>::run};
-  return table[rows - 1];
-}
-template <int MR> struct Channel { static constexpr Run run = channel_tile<MR>; };
-template <int MR> struct Plain { static constexpr Run run = plain_tile<MR>; };
-template <int MR> struct Number { static constexpr Run run = number_tile<MR>; };
-constexpr Run kInteger4[] = {integer_tile<1, 4>, integer_tile<2, 4>, integer_tile<3, 4>};
-constexpr Run kInteger8[] = {integer_tile<1, 8>, integer_tile<2, 8>, integer_tile<3, 8>};
-constexpr Run kFloat4[] = {float_tile<1, false>, float_tile<2, false>, float_tile<3, false>};
-constexpr Run kFloatPanel[] = {float_tile<1, true>, float_tile<2, true>, float_tile<3, true>};
-constexpr Run kWide[] = {wide_tile<1>, wide_tile<2>, wide_tile<3>};
 
 // --------------------------------------------------------------------------------------------------------- panels
 
@@ -387,13 +140,13 @@ void block(const Job& job, int64_t b, int64_t begin, int64_t end, void* scratch)
     if (w.bits == 8 && w.groups == 1) {
       rows_through(t, count, 6, 1, [](int64_t rows) { return pick<Channel>(rows); });
     } else {
-      const Run* tiles = w.bits == 8 ? kInteger8 : kInteger4;
+      const Run* tiles = w.bits == 8 ? kGrouped<Integers<8>> : kGrouped<Integers<4>>;
       rows_through(t, count, 3, 1, [=](int64_t rows) { return tiles[rows - 1]; });
     }
   } else if (job.floats) {
     t.rows = job.floats + begin * w.padded_k;
     if (job.few) {
-      rows_through(t, count, 3, 4, [](int64_t rows) { return kWide[rows - 1]; });
+      rows_through(t, count, 3, 4, [](int64_t rows) { return kGrouped<Wide>[rows - 1]; });
     } else {
       for (int64_t i = 0; i < w.padded_k; i += kPanel / 2, t.fresh = false) {
         t.size = std::min(kPanel / 2, w.padded_k - i);
@@ -412,7 +165,7 @@ void block(const Job& job, int64_t b, int64_t begin, int64_t end, void* scratch)
       t.rows = rows, t.weights = weights, t.scale = scale, t.groups = w.groups, t.size = size, t.fresh = true;
       t.sums = sums + p * count * kBlock;
       if (w.bits == 4) {
-        rows_through(t, total, 3, 2, [](int64_t r) { return kFloat4[r - 1]; });
+        rows_through(t, total, 3, 2, [](int64_t r) { return kGrouped<Halves<false>>[r - 1]; });
       } else if (w.groups == 1) {
         scaled = false;
         for (int64_t i = 0; i < w.padded_k; i += kPanel, t.fresh = false) {
@@ -427,7 +180,7 @@ void block(const Job& job, int64_t b, int64_t begin, int64_t end, void* scratch)
           t.groups = std::min(step, w.groups - g);
           wide_panel(weights + g * size * kBlock, panel, t.groups * size);
           t.weights = panel, t.scale = scale + g * kBlock, t.rows = rows + g * size;
-          rows_through(t, total, 3, 2, [](int64_t r) { return kFloatPanel[r - 1]; });
+          rows_through(t, total, 3, 2, [](int64_t r) { return kGrouped<Halves<true>>[r - 1]; });
         }
       }
     }
