@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from random_llama import add_model_options, random_llama
+from common import add_model_options, random_llama, write_json
 from torch import nn
 
 from qat_plugin import convert, native
@@ -81,9 +80,7 @@ def main() -> None:
             f"{name:22}{row['seconds']:9.2f}{row['seconds_per_gib']:8.1f}{row['bytes'] / _MIB:11.1f}"
             f"{row['extra_bytes'] / _MIB:11.1f}{row['extra_bytes'] / row['layer_bytes']:17.2f}"
         )
-    if options.json:
-        record = {"torch": torch.__version__, "native": str(native.native()), "rows": rows}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(options, rows=rows)
 
 
 if __name__ == "__main__":

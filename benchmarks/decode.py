@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import statistics
 import tempfile
 import time
@@ -23,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import add_model_options, random_llama, write_json
 from gguf_llama import TYPES, LlamaCpp, as_list, quantized, write_f16
-from random_llama import add_model_options, random_llama
 from torch import Tensor, nn
 
 from qat_plugin import convert, native
@@ -140,10 +139,7 @@ def main() -> None:
     for name, row in rows.items():
         prefill, decode = row["prefill"] / base["prefill"], row["decode"] / base["decode"]
         print(f"{name:22}{row['prefill']:10.0f}{prefill:8.2f}{row['decode']:10.1f}{decode:8.2f}")
-    if options.json:
-        settings = {name: value for name, value in vars(options).items() if name != "json"}
-        record = {"settings": settings, "torch": torch.__version__, "native": str(native.native()), "rows": rows}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(options, rows=rows)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import write_json
 from torch import Tensor, nn
 
 from qat_plugin import native
@@ -164,10 +164,7 @@ def main() -> None:
             print("  " + f"{tokens:5} {base * 1e3:8.2f} " + " ".join(f"{ratio:17.2f}" for ratio in ratios.values()))
             seconds = {name: one.p50 for name, one in took.items()}
             cells.append({"shape": [rows, columns], "rows": tokens, "seconds": seconds, "against_bf16": ratios})
-    if options.json:
-        settings = {name: value for name, value in vars(options).items() if name != "json"}
-        record = {"settings": settings, "torch": torch.__version__, "native": str(native.native()), "cells": cells}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(options, cells=cells)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,13 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import write_json
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -129,12 +129,7 @@ def main() -> None:
         print(
             f"{mode:10}{dtype:6}{tokens:7}{plain:10.1f}{ratios['ours']:>8}{ratios.get('torchao', '-'):>9}", flush=True
         )
-    if options.json:
-        settings = {name: value for name, value in vars(options).items() if name != "json"}
-        found = {
-            "settings": settings, "torch": torch.__version__, "parameters": parameters, "form": str(ours), "rows": rows,
-        }  # fmt: skip
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(options, parameters=parameters, form=str(ours), rows=rows)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import add_model_options
 
 from qat_plugin.losses import chunked_cross_entropy
 from qat_plugin.measure.memory import cpu_allocations
@@ -35,12 +36,7 @@ MIB = 1 << 20
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--ffn", type=int, default=2816)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--kv-heads", type=int, default=4)
-    parser.add_argument("--vocabulary", type=int, default=16384)
+    add_model_options(parser, layers=8, vocabulary=16384)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
@@ -96,6 +92,7 @@ def measured(model: Any, settings: Settings, vocabulary: int, steps: int = 2) ->
 
 def main() -> int:
     options = arguments()
+    torch.set_num_threads(options.threads)
     cases, worst = [], 0.0
     for name in options.dtypes:
         model, facts = prepared(options, DTYPES[name])

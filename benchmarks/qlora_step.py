@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 import transformers
+from common import add_model_options
 
 from qat_plugin.measure.memory import cpu_allocations
 from qat_plugin.models.objective import Objective
@@ -42,18 +43,12 @@ RATIOS = (("qlora", "lora"), ("hand-qlora", "hand-lora"), ("hand-qlora", "qlora"
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--ffn", type=int, default=2816)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--kv-heads", type=int, default=4)
-    parser.add_argument("--vocabulary", type=int, default=16384)
+    add_model_options(parser, layers=8, vocabulary=16384)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--sequence", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--no-memory", dest="memory", action="store_false")
     parser.add_argument("--out", type=Path)

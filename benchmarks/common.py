@@ -1,19 +1,33 @@
-"""A random Llama for the benchmarks: of 137 M parameters unless options say otherwise."""
+"""What the benchmarks share: a random Llama, of 137 M parameters unless options say otherwise; and their JSON."""
 
 from __future__ import annotations
 
 import argparse
+import json
+from typing import Any
 
 import torch
 from torch import nn
 
+from qat_plugin import native
+
 FORMS = {"hidden": 1024, "ffn": 2816, "layers": 12, "heads": 16, "kv-heads": 4, "vocabulary": 2048}
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_model_options(parser: argparse.ArgumentParser, **changed: int) -> None:
+    """``--hidden`` and the others, with another default where ``changed`` gives one; and ``--threads``."""
     for name, default in FORMS.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"of the model (default {default})")
+        value = changed.get(name, default)
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"of the model (default {value})")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+
+
+def write_json(options: argparse.Namespace, **found: Any) -> None:
+    """What a benchmark found, beside its settings and versions, where ``--json`` says."""
+    if options.json:
+        settings = {name: value for name, value in vars(options).items() if name != "json"}
+        record = {"settings": settings, "torch": torch.__version__, "native": str(native.native()), **found}
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def random_llama(options: argparse.Namespace, dtype: torch.dtype) -> nn.Module:
