@@ -186,6 +186,20 @@ def test_generate_keeps_what_the_caller_chooses() -> None:
     assert model.generation_config.cache_implementation is None, "nothing is left behind for save_pretrained()"
 
 
+@pytest.mark.slow
+def test_beams_and_models_with_an_encoder() -> None:
+    torch.manual_seed(0)
+    encoded = tf.T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0
+    )  # fmt: skip
+    ids = prompt(2)
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    for plain, beams in ((llama(), 3), (tf.T5ForConditionalGeneration(encoded).eval(), 1)):
+        fast = compile_for_inference(copy.deepcopy(plain))
+        one, other = (model.generate(ids, num_beams=beams, **options) for model in (fast, plain))
+        assert torch.equal(one, other)
+
+
 def test_heads_of_other_widths_go_to_torch() -> None:
     query, key, value = torch.randn(1, 2, 1, 24), torch.randn(1, 2, 5, 24), torch.randn(1, 2, 5, 12)
     with torch.inference_mode():
