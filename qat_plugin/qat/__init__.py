@@ -1,5 +1,6 @@
 """Fake quantization in place: weights keep their names and Parameter objects, phases are state."""
 
+from qat_plugin.qat.held import hold
 from qat_plugin.qat.prepare import (
     get_phase,
     is_prepared,
@@ -22,6 +23,7 @@ __all__ = [
     "calibrating",
     "capture_inputs",
     "get_phase",
+    "hold",
     "is_prepared",
     "load_quantizer_state",
     "plan_of",

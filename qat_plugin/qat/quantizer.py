@@ -189,6 +189,16 @@ class LayerQuantizer(nn.Module):
             self.frozen_scale = self.frozen_zero_point = None
         self.phase = phase
 
+    def hold(self, scale: Tensor, zero_point: Tensor | None) -> None:
+        """Take scales and zero points from elsewhere: learned ones start from them, others are frozen to them."""
+        if self.scale is not None:
+            with torch.no_grad():
+                self.scale.copy_(scale)
+            self.zero_point = zero_point
+            return
+        self.frozen_scale, self.frozen_zero_point = scale.clone(), zero_point
+        self.phase = Phase.FROZEN
+
     def export_state(self) -> dict[str, Tensor]:
         """Scales and observer statistics, as tensors on the CPU."""
         tensors = {name: getattr(self, name) for name in ("scale", "zero_point", "frozen_scale", "frozen_zero_point")}

@@ -1,0 +1,61 @@
+"""What calibration gathers of a layer's input, and what the weight algorithms take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class InputStatistics:
+    """Sums over the inputs x of one layer, [rows, in_features] in all.
+
+    Attributes:
+        in_features: length K of a row.
+        second_moment: sum of x x^T, float32 [K, K]: the Hessian of the layer's squared error is twice its mean
+            (arXiv:2210.17323, section 3.1). Empty when it was not asked for.
+        sum_abs: sum of |x|, float64 [K] (AWQ's activation magnitude, arXiv:2306.00978).
+        absmax: greatest |x|, float32 [K] (SmoothQuant's, arXiv:2211.10438).
+        rows: number of rows seen.
+    """
+
+    in_features: int
+    hessian: bool = True
+    second_moment: Tensor = field(init=False)
+    sum_abs: Tensor = field(init=False)
+    absmax: Tensor = field(init=False)
+    rows: int = 0
+
+    def __post_init__(self) -> None:
+        size = self.in_features if self.hessian else 0
+        self.second_moment = torch.zeros(size, size)
+        self.sum_abs = torch.zeros(self.in_features, dtype=torch.float64)
+        self.absmax = torch.zeros(self.in_features)
+
+    @torch.no_grad()
+    def add(self, x: Tensor) -> None:
+        """Take inputs [..., in_features] into account."""
+        rows = x.detach().reshape(-1, self.in_features).to(torch.float32)
+        if not len(rows):
+            return
+        self.to(rows.device)
+        if self.hessian:
+            self.second_moment.addmm_(rows.t(), rows)
+        magnitude = rows.abs()
+        self.sum_abs += magnitude.sum(0, dtype=torch.float64)
+        self.absmax = torch.maximum(self.absmax, magnitude.amax(0))
+        self.rows += len(rows)
+
+    def to(self, device: torch.device) -> InputStatistics:
+        """Move the sums to a device, in place."""
+        if self.absmax.device != device:
+            self.second_moment, self.sum_abs = self.second_moment.to(device), self.sum_abs.to(device)
+            self.absmax = self.absmax.to(device)
+        return self
+
+    @property
+    def mean_abs(self) -> Tensor:
+        """Mean |x| of each feature, float32 [K]."""
+        return (self.sum_abs / max(self.rows, 1)).to(torch.float32)
