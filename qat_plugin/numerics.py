@@ -222,6 +222,12 @@ def fake_quantize(
     return cast(Tensor, _FakeQuantize.apply(weight, scale, zero_point, scheme))
 
 
+def on_grid_numbers(groups: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme) -> Tensor:
+    """The grid's numbers nearest to grouped weights [.., groups, group size], float32 of that shape."""
+    levels = _levels(groups, scale, zero_point).clamp_(scheme.qmin, scheme.qmax)
+    return _numbers(levels, scale, zero_point)
+
+
 def on_grid(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """The grid's numbers nearest to ``weight``, and where it did not clip (bool): both of the weight's shape."""
     levels = _levels(to_groups(weight, scheme), scale, zero_point)
