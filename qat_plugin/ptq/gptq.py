@@ -22,7 +22,7 @@ from qat_plugin.ptq.statistics import InputStatistics
 from qat_plugin.scheme import Scheme
 
 _BLOCK: Final = 128
-_RETRIES: Final = 6
+_RETRIES: Final = 12
 _CORRECTION_DAMPING: Final = 0.01
 
 
@@ -168,8 +168,10 @@ def inverse_factor(moment: Tensor, damping: float) -> Tensor:
     Inputs that were always zero count as having the mean second moment: their weights are rounded to nearest.
 
     Raises:
-        QatError: when no damping up to the whole mean diagonal and beyond helps.
+        QatError: for NaN or infinity, or when no damping helps.
     """
+    if not bool(torch.isfinite(moment).all()):
+        raise QatError(f"the second moment of the inputs ({len(moment)} features) holds NaN or infinity")
     diagonal = moment.diagonal()
     dead = diagonal <= 0
     mean = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
@@ -184,7 +186,7 @@ def inverse_factor(moment: Tensor, damping: float) -> Tensor:
         share *= 10
     raise QatError(
         f"the second moment of the inputs ({len(moment)} features) has no Cholesky decomposition, even with "
-        f"{share / 10:g} of its mean diagonal added: does it hold NaN or infinity?"
+        f"{share / 10:g} of its mean diagonal added"
     )
 
 
