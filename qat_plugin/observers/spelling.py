@@ -13,6 +13,7 @@ from qat_plugin.errors import ConfigError, did_you_mean
 
 KINDS: Final = ("minmax", "moving-average", "percentile", "mse", "entropy")
 DEFAULT_FOR_TRAINING: Final = "moving-average"
+DEFAULT_FOR_CALIBRATION: Final = "minmax"
 _DEFAULTS: Final = {"moving-average": 0.9, "percentile": 99.99}
 
 
