@@ -89,9 +89,8 @@ def first_batches(source: Source, count: int) -> list[Any]:
             f"{source.name} is an iterator, and calibrating on it would take batches from the run: pass an iterable "
             "that can be read again, or dataloader=..."
         )
-    if isinstance(loader, DataLoader):  # persistent workers belong to an iterator that may be in use
-        loader = copy.copy(loader)
-        loader._iterator = None
+    if isinstance(loader, DataLoader):
+        loader = _second_reader(loader)
     generators = _generators(loader)
     kept, own = capture(), [generator.get_state() for generator in generators]
     try:
@@ -103,6 +102,16 @@ def first_batches(source: Source, count: int) -> list[Any]:
     if not batches:
         raise DataError(f"there is no calibration data: {source.name} has no batch; pass dataloader=...")
     return batches
+
+
+def _second_reader(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """The same loader for another pass while one may be under way: persistent workers belong to an iterator, and the
+    batch sampler that Lightning predicts with keeps its position in itself."""
+    reader = copy.copy(loader)
+    reader._iterator = None
+    for name in ("sampler", "batch_sampler"):  # DataLoader refuses plain assignment
+        reader.__dict__[name] = copy.copy(getattr(loader, name))
+    return reader
 
 
 def _train_dataloader(owner: Any) -> Any:

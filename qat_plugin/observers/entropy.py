@@ -12,7 +12,7 @@ from qat_plugin.observers.spelling import ObserverSpec
 
 _BINS: Final = 2048
 _LEVELS: Final = 128
-_CHUNK: Final = 128
+_EQUAL: Final = 1e-12  # nats
 
 
 class EntropyObserver(HistogramObserver):
@@ -36,25 +36,30 @@ class EntropyObserver(HistogramObserver):
             return greatest
         last = int(histogram.nonzero().max()) + 1
         sizes = torch.arange(min(_LEVELS, last), last + 1)
-        divergences = torch.cat([_divergences(histogram, part) for part in sizes.split(_CHUNK)])
-        best = int((divergences == divergences.min()).nonzero().max())
+        divergences = _divergences(histogram, sizes)
+        best = int((divergences <= divergences.min() + _EQUAL).nonzero().max())
         return float(sizes[best]) * merged * width
 
 
 def _divergences(histogram: Tensor, sizes: Tensor) -> Tensor:
-    """KL(P || Q) of the first ``size`` bins, in nats; float64 [sizes]."""
-    position, size = torch.arange(len(histogram)), sizes.unsqueeze(1)
-    inside = position < size
-    kept = torch.where(inside, histogram, 0.0)
-    level = (position * _LEVELS // size).clamp(max=_LEVELS - 1)
-    pooled = _by_level(kept, level)
-    filled = _by_level((kept > 0).to(kept.dtype), level)
-    candidate = torch.where(kept > 0, (pooled / filled.clamp(min=1)).gather(1, level), 0.0)
-    reference = kept.scatter_add(1, size - 1, torch.where(inside, 0.0, histogram).sum(1, keepdim=True))
-    p = reference / reference.sum(1, keepdim=True)
-    q = candidate / candidate.sum(1, keepdim=True)
-    return torch.where(p > 0, p * (p.log() - q.log()), 0.0).sum(1)
+    """KL(P || Q) of the first ``size`` bins, in nats; float64 [sizes].
+
+    With h the counts, H their sum and m the mean count of a level's bins that are not empty, P is h / H and Q is m over
+    the sum of the kept h, so that both terms of the divergence are differences of running sums.
+    """
+    sums, members = _running(histogram), _running((histogram > 0).to(histogram.dtype))
+    h_log_h = _running(torch.special.xlogy(histogram, histogram))
+    total, kept, last = sums[-1], sums[sizes], histogram[sizes - 1]
+    above = total - kept
+    bounds = (torch.arange(_LEVELS + 1) * sizes.unsqueeze(1) + _LEVELS - 1) // _LEVELS  # bin j has level 128 j // size
+    pooled, filled = sums[bounds].diff(dim=1), members[bounds].diff(dim=1)
+    mean = pooled / filled.clamp(min=1)
+    level = ((sizes - 1) * _LEVELS // sizes).unsqueeze(1)
+    of_p = h_log_h[sizes - 1] + torch.special.xlogy(last + above, last + above) - total * total.log()
+    in_q = torch.special.xlogy(pooled, mean).sum(1) + torch.special.xlogy(above, mean.gather(1, level).squeeze(1))
+    impossible = (kept == 0) | ((above > 0) & (last == 0))  # P where Q has nothing
+    return torch.where(impossible, torch.inf, (of_p - in_q) / total + kept.log())
 
 
-def _by_level(values: Tensor, level: Tensor) -> Tensor:
-    return values.new_zeros(len(values), _LEVELS).scatter_add_(1, level, values)
+def _running(values: Tensor) -> Tensor:
+    return torch.nn.functional.pad(values.cumsum(0), (1, 0))

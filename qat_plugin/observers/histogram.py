@@ -65,7 +65,7 @@ class HistogramObserver(Observer):
             found = greatest
             if greatest > 0 and math.isfinite(greatest):
                 found = min(self.clip_at(self.counts.cpu(), 2.0 ** _exponent(self.absmax) / BINS, greatest), greatest)
-            self._scale = scale_of(torch.tensor(found))
+            self._scale = scale_of(torch.tensor(found, dtype=torch.float32))
         return self._scale.to(self.absmax.device)
 
     def clip_at(self, counts: Tensor, width: float, greatest: float) -> float:

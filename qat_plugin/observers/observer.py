@@ -32,7 +32,7 @@ class Observer(nn.Module):
     def __init__(self, spec: ObserverSpec, channels: int | None = None, axis: int = -1) -> None:
         super().__init__()
         self.spec, self.channels, self.axis = spec, channels, axis
-        self.register_buffer("absmax", torch.zeros(() if channels is None else (channels,)))
+        self.register_buffer("absmax", torch.zeros(() if channels is None else (channels,), dtype=torch.float32))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: Tensor) -> None:

@@ -13,7 +13,7 @@ from qat_plugin.errors import ConfigError, did_you_mean
 
 KINDS: Final = ("minmax", "moving-average", "percentile", "mse", "entropy")
 DEFAULT_FOR_TRAINING: Final = "moving-average"
-DEFAULT_FOR_CALIBRATION: Final = "minmax"
+DEFAULT_FOR_CALIBRATION: Final = "mse"  # half the KL divergence of minmax on a language model, and no number to choose
 _DEFAULTS: Final = {"moving-average": 0.9, "percentile": 99.99}
 
 
@@ -56,7 +56,7 @@ class ObserverSpec:
 
     def __str__(self) -> str:
         """The shortest spelling that parses to the same spec."""
-        return self.kind if self.value == _DEFAULTS.get(self.kind) else f"{self.kind}:{self.value!r}"
+        return self.kind if self.value == _DEFAULTS.get(self.kind) else f"{self.kind}:{self.value:.12g}"
 
 
 def _number(key: str, spelling: str, kind: str, number: str) -> float:
