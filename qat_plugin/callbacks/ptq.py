@@ -20,7 +20,7 @@ from qat_plugin.callbacks.calibration_data import (
     first_batches,
     training_source,
 )
-from qat_plugin.callbacks.guards import check_strategy
+from qat_plugin.callbacks.guards import check_launcher, check_strategy
 from qat_plugin.callbacks.qat import QuantizationAwareTraining
 from qat_plugin.conversion import convert, dequantized_state_dict, is_converted, proof_of
 from qat_plugin.errors import ConfigError, did_you_mean
@@ -59,8 +59,8 @@ class PostTrainingQuantization(Callback):
         **options: of :func:`qat_plugin.calibrate`.
 
     Raises:
-        ConfigError: for an argument that is not allowed; for a fit of a converted module, a strategy that shards, or
-            :class:`~qat_plugin.QuantizationAwareTraining` in the same trainer.
+        ConfigError: for an argument that is not allowed; for a fit of a converted module, a strategy that shards or
+            spawns, or :class:`~qat_plugin.QuantizationAwareTraining` in the same trainer.
         DataError: when there is no batch, or the module does not take it.
         PolicyError: when the policy does not fit the module.
 
@@ -100,6 +100,7 @@ class PostTrainingQuantization(Callback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         check_strategy(trainer)
+        check_launcher(trainer)
         if stage != "fit":
             return
         if any(isinstance(other, QuantizationAwareTraining) for other in trainer.callbacks):  # type: ignore[attr-defined]
