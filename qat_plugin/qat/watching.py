@@ -23,7 +23,8 @@ _ROWS_KEPT = 64
 def calibrating(model: nn.Module) -> Iterator[None]:
     """Let static schemes observe every forward pass inside, in eval mode too; layers compute in float meanwhile.
 
-    The phase and, when frozen, the weights' scales are afterwards what they were.
+    The phase and, when frozen, the weights' scales are afterwards what they were. With several ranks, call
+    :func:`synchronize_observers` afterwards.
 
     Raises:
         PrepareError: when the model is not prepared.

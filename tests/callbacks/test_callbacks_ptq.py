@@ -107,6 +107,15 @@ class TestAfterAFit:
             module().load_state_dict(state)
         trainer(tmp_path).fit(module(), loader(), ckpt_path=tmp_path / "step=3.ckpt")
 
+    def test_the_best_checkpoint_is_tested_as_integers_on_the_calibrated_scales(self, tmp_path: Path) -> None:
+        files = ModelCheckpoint(tmp_path, monitor="val_loss", filename="best")
+        subject = module()
+        run = trainer(tmp_path, PostTrainingQuantization(STATIC), files, val_check_interval=2)
+        run.fit(subject, loader(), loader())
+        scale = first_scale(subject)
+        assert run.test(subject, loader(), ckpt_path="best", verbose=False)[0]["test_loss"] > 0
+        assert first_scale(subject) == scale
+
     def test_without_conversion_it_stays_fake_quantized_and_can_be_trained_again(self, tmp_path: Path) -> None:
         subject, plain = module(), module()
         for one, callbacks in ((subject, [PostTrainingQuantization(STATIC, convert=False)]), (plain, [])):
