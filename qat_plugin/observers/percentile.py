@@ -10,7 +10,7 @@ from qat_plugin.observers.spelling import ObserverSpec
 
 
 class PercentileObserver(HistogramObserver):
-    """The magnitude that a share of all magnitudes does not exceed (arXiv:2004.09602, section 4.1).
+    """The magnitude that a share of all magnitudes does not exceed (one of the calibrations of arXiv:2004.09602).
 
     Magnitudes are taken to spread evenly within a bin, so that the result is at most one bin off.
 
