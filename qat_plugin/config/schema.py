@@ -15,6 +15,7 @@ from omegaconf import MISSING
 
 from qat_plugin.config.fields import absolute, check_above, check_at_least, check_choice, help_text, option
 from qat_plugin.errors import ConfigError
+from qat_plugin.observers.spelling import DEFAULT_FOR_CALIBRATION, DEFAULT_FOR_TRAINING, KINDS, ObserverSpec
 
 TASKS: Final = ("fit", "ptq", "merge", "plan", "evaluate", "doctor")
 STAGES: Final = (
@@ -22,6 +23,7 @@ STAGES: Final = (
     "latency",
 )  # fmt: skip
 PRECISIONS: Final = ("32-true", "bf16-mixed", "bf16-true")
+_OBSERVERS: Final = ", ".join(KINDS)
 
 
 @dataclass
@@ -69,6 +71,10 @@ class QatConfig:
     start: int | float = option(0, "when fake quantization starts: optimizer step (1000) or fraction of the run (0.1)")
     freeze: int | float | None = option(None, "when scales and observers freeze: step or fraction; null for never")
     learn_scales: bool = option(False, "learn the weight scales with the weights (LSQ)")
+    observer: str = option(DEFAULT_FOR_TRAINING, f"what static activation scales follow: {_OBSERVERS}")
+
+    def __post_init__(self) -> None:
+        ObserverSpec.parse(self.observer, "qat.observer")
 
 
 @dataclass
@@ -77,10 +83,12 @@ class PtqConfig:
 
     method: str = option("rtn", "rtn: round to nearest")
     calibration_batches: int = option(8, "training batches that static activation scales are calibrated on")
+    observer: str = option(DEFAULT_FOR_CALIBRATION, f"what static activation scales are found by: {_OBSERVERS}")
 
     def __post_init__(self) -> None:
         check_choice("ptq.method", self.method, ("rtn",))
         check_at_least("ptq.calibration_batches", self.calibration_batches, 1)
+        ObserverSpec.parse(self.observer, "ptq.observer")
 
 
 @dataclass

@@ -24,6 +24,7 @@ from qat_plugin.policy import Plan, PolicyLike, plan_for
 from qat_plugin.qat import (
     LayerQuantizer,
     Phase,
+    check_observed,
     get_phase,
     is_prepared,
     plan_of,
@@ -75,7 +76,7 @@ def convert(
     Raises:
         ConversionError: when the model is already converted, when a layer has no kernel here, or when a layer fails its
             proof; the model is then what it was (or, with ``reversible=False``, partly converted: the message says so).
-        PrepareError: for NaN weights, or a static scheme without calibration.
+        PrepareError: for NaN weights, or static schemes without calibration; it names all of these.
 
     Example::
 
@@ -170,6 +171,7 @@ def _check_same_plan(model: nn.Module, plan: Plan | PolicyLike) -> None:
 def _ready(model: nn.Module, dtype: torch.dtype | None) -> dict[str, nn.Module]:
     """Check all that can be checked before anything changes; the layers by name."""
     layers = prepared_layers(model)
+    check_observed(model)
     for name, layer in layers.items():
         quantizer: LayerQuantizer = getattr(layer, ATTRIBUTE)
         weight = layer._parameters.get("weight")
@@ -181,7 +183,6 @@ def _ready(model: nn.Module, dtype: torch.dtype | None) -> dict[str, nn.Module]:
         if weight.device.type == "meta":
             raise ConversionError(f"{name} is on the meta device: load its weights before converting")
         check_finite(name, weight)
-        quantizer.activation_scale()
         if quantizer.scheme.is_integer:
             choice = choose(_spec(quantizer, weight, dtype))
             if choice.refusal is not None:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from qat_plugin.errors import CheckpointError, ConversionError
 from qat_plugin.kernels.weight import CastWeight, QuantizedWeight, is_converted_weight
 from qat_plugin.numerics import learned_scale, quantize, round_to_nearest
-from qat_plugin.observers import scale_of
+from qat_plugin.observers.factory import observed_scale
+from qat_plugin.observers.spelling import DEFAULT_FOR_TRAINING
 from qat_plugin.policy import Candidate, candidates
+from qat_plugin.qat.state import observer_in
 from qat_plugin.scheme import Scheme
 
 
@@ -32,13 +34,14 @@ def requantize_on_load(module: nn.Module, state_dict: dict[str, Any], prefix: st
 
 
 @torch.no_grad()
-def like(current: Tensor, weight: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+def like(current: Tensor, weight: Tensor, state: Mapping[str, Tensor], observer: str = DEFAULT_FOR_TRAINING) -> Tensor:
     """A float weight in the representation of a converted one.
 
     Args:
         current: the converted weight it takes the place of.
         weight: float, of the same logical shape.
         state: that layer's entry of a quantizer state; its learned or frozen scales are used when it has any.
+        observer: what observed the activations of that state.
     """
     weight = weight.detach().to(current.device)
     if isinstance(current, CastWeight):
@@ -53,7 +56,7 @@ def like(current: Tensor, weight: Tensor, state: Mapping[str, Tensor]) -> Tensor
         integers = round_to_nearest(rows, scheme)
     activation_scale = current.activation_scale
     if "absmax" in state and activation_scale is not None:
-        activation_scale = scale_of(state["absmax"]).to(activation_scale.device)
+        activation_scale = observed_scale(observer, state).to(activation_scale.device)
     return QuantizedWeight.from_integers(
         integers,
         current.logical_dtype,
@@ -108,13 +111,14 @@ def reload_float(
             "of another shape"
         )
     states = _states(quantizer_state, layers)
+    observer = DEFAULT_FOR_TRAINING if quantizer_state is None else observer_in(quantizer_state)
     merged: dict[str, Tensor] = dict(state_dict)
     for name, candidate in layers.items():
         key = f"{candidate.path}.weight" if candidate.path else "weight"
         current = candidate.module._parameters["weight"]
         assert current is not None
         if not is_converted_weight(merged[key]):
-            merged[key] = like(current, merged[key], states.get(name, {}))
+            merged[key] = like(current, merged[key], states.get(name, {}), observer)
     model.load_state_dict(merged)
 
 

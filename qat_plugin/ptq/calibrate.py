@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
-import time
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,15 +12,29 @@ from torch import nn
 
 from qat_plugin.errors import DataError
 from qat_plugin.measure.evaluating import evaluating
-from qat_plugin.measure.progress import QUIET_S, Progress, is_rank_zero, progressing
+from qat_plugin.measure.progress import Progress, progressing
+from qat_plugin.observers.spelling import DEFAULT_FOR_CALIBRATION
 from qat_plugin.policy import Plan, PolicyLike
 from qat_plugin.ptq.feeding import feed
 from qat_plugin.ptq.gptq import GptqOptions
 from qat_plugin.ptq.methods import method_named
 from qat_plugin.ptq.results import Calibration, remember
 from qat_plugin.ptq.resume import open_store
-from qat_plugin.ptq.walker import Part, Walker
-from qat_plugin.qat import Phase, calibrating, is_prepared, plan_of, prepare, set_phase
+from qat_plugin.ptq.telling import teller
+from qat_plugin.ptq.walker import Walker
+from qat_plugin.qat import (
+    Phase,
+    calibrating,
+    check_observed,
+    is_prepared,
+    observe_with,
+    observing,
+    plan_of,
+    prepare,
+    set_phase,
+    synchronize_observers,
+    unprepare,
+)
 
 
 def calibrate(
@@ -30,6 +43,7 @@ def calibrate(
     batches: Iterable[Any],
     *,
     method: str = "rtn",
+    observer: str | None = None,
     gptq: GptqOptions | None = None,
     resume: str | os.PathLike[str] | None = None,
     offload: torch.device | str | None = None,
@@ -45,6 +59,10 @@ def calibrate(
         plan: a Plan or a policy; ``None`` for a model that is prepared.
         batches: the user's own; see :func:`qat_plugin.ptq.feeding.feed` for their form. They are used in their order.
         method: how weights become integers, one of :data:`qat_plugin.ptq.METHODS`.
+        observer: what static activation scales are calibrated with: ``minmax``, ``moving-average`` (``:momentum``),
+            ``percentile`` (``:99.99``), ``mse`` or ``entropy``. By default a float model takes
+            :data:`~qat_plugin.observers.spelling.DEFAULT_FOR_CALIBRATION`, and a prepared one goes on with its own;
+            given, a prepared model begins anew.
         gptq: GPTQ's options.
         resume: a folder for finished blocks: a run that was killed goes on after the last of them, to the same
             integers. It belongs to one model, data and settings, and is refused for others.
@@ -55,8 +73,11 @@ def calibrate(
         ``model``, prepared, its scales frozen. :func:`qat_plugin.ptq.calibration_of` tells what was done.
 
     Raises:
-        ConfigError: for an unknown method.
-        DataError: for no batches, batches that the model does not take, NaN or infinite activations.
+        ConfigError: for an unknown method or observer.
+        DataError: for no batches where the method or a static scheme needs some, batches that the model does not take,
+            or activations that are not finite; it says in which batch. A model that was float is float again then; if
+            some of its weights are quantized already, a warning says so.
+        PrepareError: for layers with a static scheme that no batch reached; it names all of them.
         CheckpointError: when ``resume`` belongs to something else or is damaged.
 
     Example::
@@ -66,53 +87,43 @@ def calibrate(
     """
     chosen, options = method_named(method), gptq or GptqOptions()
     data = list(batches)
-    if not data:
-        raise DataError("there is no calibration data: the batches are empty; give at least one")
-    if not is_prepared(model):
-        prepare(model, plan)  # type: ignore[arg-type]
-    set_phase(model, Phase.FLOAT)
-    with evaluating(model):
-        store = open_store(resume, model, data, {"method": method, "gptq": options, "plan": plan_of(model)})
-        if not chosen.looks:
-            _observe(model, data, progress)
-        told = _teller(method, progress)
-        keep_on = None if offload is None else torch.device(offload)
-        results = Walker(model, data, chosen, options, store, told, keep_on).walk()
+    fresh = not is_prepared(model)
+    if fresh:
+        prepare(model, plan, observer=observer or DEFAULT_FOR_CALIBRATION)  # type: ignore[arg-type]
+    elif observer is not None:
+        observe_with(model, observer)
+    settings = {"method": method, "gptq": options, "observer": observer, "plan": plan_of(model).without_kernels()}
+    walker = Walker(model, data, chosen, options, None if offload is None else torch.device(offload))
+    try:
+        if not data and (chosen.looks or observing(model)):
+            raise DataError("there is no calibration data: the batches are empty; give at least one")
+        set_phase(model, Phase.FLOAT)
+        with evaluating(model):
+            walker.store = open_store(resume, model, data, settings)
+            walker.told = teller(method, progress)
+            if observing(model) and not chosen.looks:
+                _observe(model, data, progress)
+            results = walker.walk()
+        check_observed(model)
+    except BaseException:
+        if walker.results and chosen.looks:
+            warnings.warn(f"{type(model).__name__} is partly quantized: load its weights anew", stacklevel=2)
+        if fresh:
+            unprepare(model)
+        raise
     set_phase(model, Phase.FROZEN)
     remember(model, Calibration(method, results))
     return model
 
 
 def _observe(model: nn.Module, batches: list[Any], progress: Progress | bool) -> None:
-    """One pass of the float model, in which all static schemes watch."""
-    if not any(layer.scheme is not None and layer.scheme.static for layer in plan_of(model).quantized):
-        return
+    """Calibrate the activations of static schemes in the float model, on all ranks alike."""
     with calibrating(model), progressing(progress, "calibrating", len(batches)) as advance:
         for index, batch in enumerate(batches):
-            feed(model, batch)
+            try:
+                feed(model, batch)
+            except DataError as error:
+                raise DataError(f"calibration batch {index}: {error}") from error
             advance(index + 1)
-
-
-def _teller(method: str, progress: Progress | bool) -> Callable[[Part], None]:
-    """What is told after each block: a line on stderr with the time that is left, or the user's own callback."""
-    if callable(progress):
-        return lambda part: progress(part.index + 1, part.count)
-    if not progress or not is_rank_zero():
-        return lambda part: None
-    started = time.monotonic()
-    spent: list[float] = []
-
-    def tell(part: Part) -> None:
-        if not part.resumed:
-            spent.append(part.seconds)
-        if time.monotonic() - started < QUIET_S:
-            return
-        left = (sum(spent) / len(spent)) * (part.count - part.index - 1) if spent else 0.0
-        done = Calibration(method, part.layers).summary().partition("; ")[2] or f"{len(part.layers)} layers"
-        how = "read from an earlier session" if part.resumed else f"{part.seconds:.1f} s"
-        print(
-            f"{method}: {part.name} ({part.index + 1}/{part.count}): {done}; {how}, about {left:.0f} s left",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
-
-    return tell
+    synchronize_observers(model)
+    check_observed(model)

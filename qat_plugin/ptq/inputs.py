@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_plugin.errors import DataError
+from qat_plugin.observers.distributed import synchronize
 from qat_plugin.ptq.chains import Enough
 from qat_plugin.ptq.statistics import InputStatistics
 from qat_plugin.qat import LayerQuantizer, Phase
@@ -90,6 +91,8 @@ def gather(
                 taken, *_ = [quantizer.fake_input(x) for quantizer in mine]  # each watches
                 if hessian:
                     statistics.add(taken, None if beside is None else beside[call])
+    statistics.synchronize()
+    synchronize([quantizer.observer for quantizer in mine if quantizer.observer is not None])
     return statistics
 
 

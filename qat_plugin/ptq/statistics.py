@@ -63,6 +63,16 @@ class InputStatistics:
             self.absmax = self.absmax.to(device)
         return self
 
+    def synchronize(self) -> None:
+        """Sum up over all ranks, where there are several; every rank calls it."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        gathered = torch.tensor(float(self.rows), dtype=torch.float64, device=self.sum_abs.device)
+        for part in (self.second_moment, self.sum_abs, gathered, *(() if self.drift is None else (self.drift,))):
+            torch.distributed.all_reduce(part)
+        torch.distributed.all_reduce(self.absmax, torch.distributed.ReduceOp.MAX)
+        self.rows = int(gathered)
+
     @property
     def mean_square(self) -> Tensor:
         """Mean x^2 of each feature, float32 [K]."""

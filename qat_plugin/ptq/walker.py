@@ -33,6 +33,7 @@ from qat_plugin.ptq.results import LayerResult
 from qat_plugin.ptq.statistics import InputStatistics
 from qat_plugin.qat import LayerQuantizer, Phase, hold, prepared_layers
 from qat_plugin.qat.layers import ATTRIBUTE, current_weight
+from qat_plugin.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -75,23 +76,27 @@ class Walker:
         batches: the calibration data.
         method: what to do with each layer.
         options: GPTQ's.
+        keep_on: the device on which hidden states wait; by default the model's own.
         store: where finished parts are kept.
         told: called after each part.
-        keep_on: the device on which hidden states wait; by default the model's own.
     """
 
     model: nn.Module
     batches: Sequence[Any]
     method: Method
     options: GptqOptions
-    store: Store
-    told: Callable[[Part], None]
     keep_on: torch.device | None = None
+    store: Store = field(default_factory=Store)
+    told: Callable[[Part], None] = lambda part: None
     results: list[LayerResult] = field(default_factory=list)
 
     def walk(self) -> tuple[LayerResult, ...]:
         """Do all of it."""
         layers = prepared_layers(self.model)
+        if not self.method.looks:  # nothing depends on the data, and the float weights stay what they are
+            return tuple(
+                LayerResult(name, str(getattr(layer, ATTRIBUTE).scheme), "rtn") for name, layer in layers.items()
+            )
         self._held: dict[int, tuple[str, Quantized]] = {}
         self._parted = _parted_by_conversion(layers)
         waiting = dict(layers)
@@ -209,7 +214,7 @@ class Walker:
 
     def _group(self, group: Group, run: Run, twin: tuple[nn.Module, Run] | None) -> list[LayerResult]:
         quantizer: LayerQuantizer = getattr(group.first, ATTRIBUTE)
-        looks = self.method.looks and quantizer.scheme.is_integer and _multiplies(group.first)
+        looks = quantizer.scheme.is_integer and _multiplies(group.first)
         statistics = None
         if looks or quantizer.observer is not None:
             beside = None if twin is None or not looks else (_same_layer(twin[0], quantizer.layer.name), twin[1])
@@ -259,6 +264,11 @@ class Walker:
         weight = current_weight(layer)
         if quantizer.scheme.is_integer and id(weight) not in self._parted:
             self._held.setdefault(id(weight), (quantizer.layer.name, quantizer.integers(weight)))
+
+
+def _scheme(layer: nn.Module) -> Scheme:
+    quantizer: LayerQuantizer = getattr(layer, ATTRIBUTE)
+    return quantizer.scheme
 
 
 def _multiplies(layer: nn.Module) -> bool:

@@ -14,7 +14,15 @@ from qat_plugin.qat.prepare import (
 from qat_plugin.qat.quantizer import LayerQuantizer, Phase
 from qat_plugin.qat.reuse import WeightReuse, reusing_weights
 from qat_plugin.qat.state import load_quantizer_state, quantizer_state
-from qat_plugin.qat.watching import calibrating, capture_inputs
+from qat_plugin.qat.watching import (
+    calibrating,
+    capture_inputs,
+    check_observed,
+    observe_with,
+    observer_of,
+    observing,
+    synchronize_observers,
+)
 
 __all__ = [
     "LayerQuantizer",
@@ -22,10 +30,14 @@ __all__ = [
     "WeightReuse",
     "calibrating",
     "capture_inputs",
+    "check_observed",
     "get_phase",
     "hold",
     "is_prepared",
     "load_quantizer_state",
+    "observe_with",
+    "observer_of",
+    "observing",
     "plan_of",
     "prepare",
     "prepared_layers",
@@ -33,5 +45,6 @@ __all__ = [
     "quantizers",
     "reusing_weights",
     "set_phase",
+    "synchronize_observers",
     "unprepare",
 ]

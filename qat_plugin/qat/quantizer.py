@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import qat_plugin.fused as fused
-from qat_plugin.errors import CheckpointError, PrepareError
+from qat_plugin.errors import CheckpointError, DataError, PrepareError
 from qat_plugin.numerics import (
     Quantized,
     choose_qparams,
@@ -19,7 +19,9 @@ from qat_plugin.numerics import (
     learned_scale,
     quantize,
 )
-from qat_plugin.observers import AbsMaxObserver
+from qat_plugin.observers.factory import make_observer
+from qat_plugin.observers.observer import Observer
+from qat_plugin.observers.spelling import DEFAULT_FOR_TRAINING, ObserverSpec
 from qat_plugin.policy import LayerPlan, Plan
 from qat_plugin.scheme import Scheme
 
@@ -50,6 +52,7 @@ class LayerQuantizer(nn.Module):
         transposed: the module's weight is [in_features, out_features].
         learn_scales: make the scales a Parameter (LSQ), initialised from the weight.
         share: the quantizer of the layer this one is tied to; their learned scales are one Parameter.
+        observer: what a static scheme calibrates its activations with.
     """
 
     scale: Tensor | None
@@ -66,6 +69,7 @@ class LayerQuantizer(nn.Module):
         transposed: bool,
         learn_scales: bool,
         share: LayerQuantizer | None = None,
+        observer: str | ObserverSpec = DEFAULT_FOR_TRAINING,
     ) -> None:
         super().__init__()
         assert layer.scheme is not None
@@ -74,7 +78,7 @@ class LayerQuantizer(nn.Module):
         self.phase = Phase.FLOAT
         self.observe_always = False
         self.reuse: WeightReuse | None = None
-        self.observer = _hidden(AbsMaxObserver()) if self.scheme.static else None
+        self.observer = _hidden(make_observer(observer)) if self.scheme.static else None
         for name in ("zero_point", "frozen_scale", "frozen_zero_point"):
             self.register_buffer(name, None, persistent=False)
         self.register_parameter("scale", None)
@@ -147,11 +151,35 @@ class LayerQuantizer(nn.Module):
         """Let a static scheme see the input: in training and before freezing only.
 
         Gradient checkpointing repeats the forward pass inside the backward pass: that one does not count.
+
+        Raises:
+            DataError: for NaN or infinity; in training on an accelerator, which would have to wait for the answer,
+                :func:`~qat_plugin.qat.synchronize_observers` raises it after the batch.
         """
         if self.observer is None or self.phase in (Phase.FLOAT, Phase.FROZEN):
             return
         if self.observe_always or (self.training and torch._C._current_graph_task_id() == -1):
             self.observer(x)
+            if (self.observe_always or x.device.type == "cpu") and not torch.compiler.is_compiling():
+                self.check_observed()
+
+    def check_observed(self) -> None:
+        """Raise when the observer saw what no scale fits.
+
+        Raises:
+            DataError: naming the layer.
+        """
+        if self.observer is not None and not self.observer.is_finite:
+            raise DataError(
+                f"{self.layer.name} ({self.scheme}): its input holds NaN or infinity, for which there is no scale. "
+                "Look for a bad batch, a diverged loss or an overflow of fp16, and begin again from a checkpoint or a "
+                "fresh prepare(): what was observed so far is spoilt"
+            )
+
+    def observe_with(self, observer: str | ObserverSpec) -> None:
+        """Begin anew with an observer of this kind; nothing happens to schemes that are not static."""
+        if self.observer is not None:
+            self.observer = _hidden(make_observer(observer)).to(self.observer.absmax.device)
 
     def qparams(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """The scales and zero points in force for a weight as its module holds it."""
@@ -170,9 +198,11 @@ class LayerQuantizer(nn.Module):
 
         Raises:
             PrepareError: when no activation was seen.
+            DataError: when one was NaN or infinite.
         """
         if self.observer is None:
             return None
+        self.check_observed()
         if not self.observer.has_data:
             raise PrepareError(
                 f"{self.layer.name} ({self.scheme}) saw no activation: calibrate it first, by training batches or by a "
@@ -203,7 +233,7 @@ class LayerQuantizer(nn.Module):
         """Scales and observer statistics, as tensors on the CPU."""
         tensors = {name: getattr(self, name) for name in ("scale", "zero_point", "frozen_scale", "frozen_zero_point")}
         if self.observer is not None:
-            tensors |= {"absmax": self.observer.absmax, "batches": self.observer.batches}
+            tensors |= dict(self.observer.named_buffers())
         return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items() if tensor is not None}
 
     def check_state(self, state: Mapping[str, Tensor], phase: Phase) -> None:
@@ -219,7 +249,8 @@ class LayerQuantizer(nn.Module):
                 f"learn_scales={self.learns_scales}"
             )
         due = {key for key in ("scale", "zero_point") if getattr(self, key) is not None}
-        due |= set() if self.observer is None else {"absmax", "batches"}
+        watched = {} if self.observer is None else dict(self.observer.named_buffers())
+        due |= watched.keys()
         if phase is Phase.FROZEN and self.scheme.is_integer:
             due |= {"frozen_scale"} if self.scheme.symmetric else {"frozen_scale", "frozen_zero_point"}
         if wrong := sorted(due ^ state.keys()):
@@ -227,7 +258,7 @@ class LayerQuantizer(nn.Module):
                 f"{name} ({self.scheme}): the checkpoint's {', '.join(wrong)} is missing or unexpected"
             )
         for key, value in state.items():
-            shape = () if key in ("absmax", "batches") else self.scale_shape
+            shape = tuple(watched[key].shape) if key in watched else self.scale_shape
             if not isinstance(value, Tensor) or tuple(value.shape) != shape:
                 given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise CheckpointError(f"{name}: the checkpoint's {key} has shape {given}, this layer's is {shape}")
@@ -241,8 +272,7 @@ class LayerQuantizer(nn.Module):
             value = state.get(name)
             setattr(self, name, None if value is None else value.detach().clone().to(device))
         if self.observer is not None:
-            self.observer.absmax.copy_(state["absmax"])
-            self.observer.batches.copy_(state["batches"])
+            self.observer.restore(state)
         self.phase = phase
 
     @property
@@ -276,7 +306,7 @@ class LayerQuantizer(nn.Module):
         return self
 
 
-def _hidden(observer: AbsMaxObserver) -> AbsMaxObserver:
+def _hidden(observer: Observer) -> Observer:
     """An observer that no state_dict shows and none has to fill."""
     for name, buffer in list(observer.named_buffers()):
         observer.register_buffer(name, buffer, persistent=False)

@@ -19,6 +19,7 @@ from qat_plugin.callbacks import ExactResume, QuantizationAwareTraining
 from qat_plugin.config.schema import Config
 from qat_plugin.policy import Plan
 from qat_plugin.qat import calibrating, load_quantizer_state, prepare, quantizer_state
+from qat_plugin.qat.state import observer_in
 from qat_plugin.runs.atomic import replacing
 from qat_plugin.runs.rungs import Rungs
 from qat_plugin.runs.subject import name_prefix, network_of
@@ -77,7 +78,7 @@ class Ladder(Rungs):
         """The network of the QAT stage as training ended with it: float weights behind its own scales."""
         network = self._trained("qat")
         state = read_checkpoint(self._checkpoints("qat") / _QUANTIZERS)
-        prepare(network, self.plan, learn_scales=self.config.qat.learn_scales)
+        prepare(network, self.plan, learn_scales=self.config.qat.learn_scales, observer=observer_in(state))
         load_quantizer_state(network, state)
         return network
 
@@ -86,7 +87,7 @@ class Ladder(Rungs):
         module = self.subject.build()
         if weights is not None:
             module.load_state_dict(weights)
-        network = prepare(network_of(module).eval(), self.plan)
+        network = prepare(network_of(module).eval(), self.plan, observer=self.config.ptq.observer)
         if any(layer.scheme is not None and layer.scheme.static for layer in self.plan.quantized):
             with calibrating(network):
                 batches = self.subject.training_batches(self.config.ptq.calibration_batches)
@@ -104,6 +105,7 @@ def quantization_aware_training(config: Config, plan: Plan, prefix: str) -> Quan
         start=config.qat.start,
         freeze=config.qat.freeze,
         learn_scales=config.qat.learn_scales,
+        observer=config.qat.observer,
         convert=False,
     )
 
