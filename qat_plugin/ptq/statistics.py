@@ -55,6 +55,19 @@ class InputStatistics:
             self.absmax = self.absmax.to(device)
         return self
 
+    @torch.no_grad()
+    def divide(self, scale: Tensor) -> None:
+        """Make these the sums over x / scale, in place.
+
+        Args:
+            scale: float32 [in_features], positive.
+        """
+        scale = scale.to(self.absmax)
+        if self.hessian:
+            self.second_moment.div_(scale).div_(scale.unsqueeze(1))
+        self.sum_abs /= scale
+        self.absmax = self.absmax / scale
+
     @property
     def mean_abs(self) -> Tensor:
         """Mean |x| of each feature, float32 [K]."""

@@ -1,0 +1,71 @@
+"""How much rounding changes a layer's output, from calibration statistics alone: no forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qat_plugin.errors import ConfigError
+from qat_plugin.numerics import ACTIVATION_QMAX, Quantized
+from qat_plugin.ptq.statistics import InputStatistics
+from qat_plugin.scheme import Scheme
+
+# How a weight [out_features, in_features] becomes integers of a scheme.
+Rounding = Callable[[Tensor, Scheme], Quantized]
+
+
+def output_error(difference: Tensor, second_moment: Tensor) -> float:
+    """Sum over all calibration rows x of ``|difference x|^2``, exactly: ``tr(D H D^T)`` with ``H = sum x x^T``.
+
+    Args:
+        difference: rounded minus true weight, float32 [out_features, in_features].
+        second_moment: float32 [in_features, in_features].
+    """
+    return float(((difference @ second_moment) * difference).sum(dtype=torch.float64))
+
+
+def weight_error(weight: Tensor, scheme: Scheme, second_moment: Tensor, scale: Tensor, rounding: Rounding) -> float:
+    """:func:`output_error` of a layer that quantizes ``weight * scale`` and divides its input by ``scale``.
+
+    Args:
+        weight: [out_features, in_features], any float type.
+        scheme: an integer scheme; activations are left alone here.
+        second_moment: of the undivided inputs.
+        scale: float32 [in_features], positive.
+        rounding: how the weight becomes integers.
+    """
+    rounded = rounding(weight * scale, scheme).dequantize()
+    return output_error(rounded / scale - weight.to(torch.float32), second_moment)
+
+
+def activation_error(weight: Tensor, scheme: Scheme, statistics: InputStatistics, scale: Tensor) -> float:
+    """What rounding ``x / scale`` to INT8 adds to the same sum, as a model: 0 where the scheme leaves activations alone.
+
+    Rounding errors are taken as uniform and independent, of one step of ``max|x / scale| / 127``: the step of a static
+    scheme, and the largest step of a dynamic one.
+
+    Args:
+        weight: [out_features, in_features].
+        scheme: an integer scheme.
+        statistics: of the undivided inputs.
+        scale: float32 [in_features], positive.
+    """
+    if not scheme.quantizes_activations:
+        return 0.0
+    step = float((statistics.absmax / scale).max()) / ACTIVATION_QMAX
+    return statistics.rows * step**2 / 12 * float((weight * scale).square().sum(dtype=torch.float64))
+
+
+def second_moment_of(statistics: InputStatistics) -> Tensor:
+    """The statistics' second moment.
+
+    Raises:
+        ConfigError: when it was not gathered, or no row was seen.
+    """
+    if not statistics.hessian:
+        raise ConfigError("these input statistics lack the second moment; gather them with InputStatistics(K, True)")
+    if not statistics.rows:
+        raise ConfigError("these input statistics saw no row: calibrate on batches that reach the layer")
+    return statistics.second_moment
