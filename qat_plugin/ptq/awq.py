@@ -1,8 +1,8 @@
 """AWQ: features that carry large activations get a finer share of the weight's grid (Lin et al., arXiv:2306.00978).
 
 Multiplying a column of W by s and dividing its input by s leaves the product as it is and divides that column's
-rounding error by s, as long as the scales of its groups do not grow as much. AWQ takes ``s = mean|x| ^ alpha`` and looks
-for alpha; here by the layers' true squared output error on the calibration rows, which needs no forward pass.
+rounding error by s, as long as the scales of its groups do not grow as much. AWQ takes ``s = mean|x| ^ alpha`` and
+looks for alpha; here by the layers' true squared output error on the calibration rows, which needs no forward pass.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qat_plugin.ptq.scale_search import Candidate, Constraint, best_of, centred,
 from qat_plugin.ptq.statistics import InputStatistics
 from qat_plugin.scheme import Scheme
 
-# The least magnitude counted, as a share of the largest: a feature that is nearly silent must not take all of s's range.
+# The least magnitude counted, as a share of the largest: a nearly silent feature must not take all of the range of s.
 _QUIET = 1e-4
 
 

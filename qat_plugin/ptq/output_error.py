@@ -41,7 +41,7 @@ def weight_error(weight: Tensor, scheme: Scheme, second_moment: Tensor, scale: T
 
 
 def activation_error(weight: Tensor, scheme: Scheme, statistics: InputStatistics, scale: Tensor) -> float:
-    """What rounding ``x / scale`` to INT8 adds to the same sum, as a model: 0 where the scheme leaves activations alone.
+    """What rounding ``x / scale`` to INT8 adds to the same sum, as a model; 0 where activations are left alone.
 
     Rounding errors are taken as uniform and independent, of one step of ``max|x / scale| / 127``: the step of a static
     scheme, and the largest step of a dynamic one.

@@ -21,7 +21,7 @@ class Candidate:
 
     Attributes:
         scale: float32 [in_features].
-        alpha: the exponent it came from; 0 is no scaling.
+        alpha: the exponent it came from; 0 for no scaling.
         error: sum over layers of the squared output error on the calibration rows.
         unscaled_error: the same without a scale.
     """

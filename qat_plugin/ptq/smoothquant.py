@@ -1,8 +1,8 @@
 """SmoothQuant: large activation features are divided, their weights multiplied (Xiao et al., arXiv:2211.10438).
 
-INT8 activations have one step for all features of a token (or of the tensor): a feature a hundred times larger than the
-others leaves them a few levels. ``s_j = max|x_j| ^ alpha / max|W_j| ^ (1 - alpha)`` (equation 4) moves a part of its range
-into the weight, which has a step per row or group.
+INT8 activations have one step for all features of a token (or of the tensor): a feature a hundred times larger than
+the others leaves them a few levels. ``s_j = max|x_j| ^ alpha / max|W_j| ^ (1 - alpha)`` (equation 4) moves a part of
+its range into the weight, which has a step per row or group.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def search_smoothquant(
     Args:
         weights, statistics: as there, with the second moment.
         scheme: an integer scheme, or one per weight.
-        alpha: fixed; ``None`` tries 0, 1/grid, ... 1 and no scale at all.
+        alpha: fixed; ``None`` tries 1/grid, ... 1 and no scale at all.
         grid: steps of that search.
         rounding: how weights become integers.
         constrain: makes of any scale one that is allowed.
@@ -90,6 +90,6 @@ def search_smoothquant(
         scale = smoothquant_scale(weights, statistics, alpha=alpha)
         scale = scale if constrain is None else constrain(scale)
         return Candidate(scale, alpha, error(scale), error(ones))
-    alphas = [step / grid for step in range(grid + 1)]
+    alphas = [step / grid for step in range(1, grid + 1)]
     candidates = ((each, smoothquant_scale(weights, statistics, alpha=each)) for each in alphas)
     return best_of(candidates, error, constrain, ones)
