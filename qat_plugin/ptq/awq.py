@@ -30,7 +30,7 @@ def awq_scale(
     *,
     grid: int = 20,
     rounding: Rounding = round_to_nearest,
-    weight_magnitude: bool = False,
+    weight_magnitude: bool = True,
 ) -> Tensor:
     """The scale per input feature that rounds layers of one input best; ones where none is better than no scale.
 
@@ -62,7 +62,7 @@ def search_awq(
     *,
     grid: int = 20,
     rounding: Rounding = round_to_nearest,
-    weight_magnitude: bool = False,
+    weight_magnitude: bool = True,
     constrain: Constraint | None = None,
 ) -> Candidate:
     """As :func:`awq_scale`, with the errors that decided.

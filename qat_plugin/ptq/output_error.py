@@ -43,19 +43,36 @@ def weight_error(weight: Tensor, scheme: Scheme, second_moment: Tensor, scale: T
 def activation_error(weight: Tensor, scheme: Scheme, statistics: InputStatistics, scale: Tensor) -> float:
     """What rounding ``x / scale`` to INT8 adds to the same sum, as a model; 0 where activations are left alone.
 
-    Rounding errors are taken as uniform and independent, of one step of ``max|x / scale| / 127``: the step of a static
-    scheme, and the largest step of a dynamic one.
+    Rounding errors are taken as uniform and independent, of steps ``max|x / scale| / 127``: the maximum over all rows
+    for a static scheme; for a dynamic one the median maximum of a row whose features are Gaussian and independent.
 
     Args:
         weight: [out_features, in_features].
         scheme: an integer scheme.
-        statistics: of the undivided inputs.
+        statistics: of the undivided inputs, with the second moment.
         scale: float32 [in_features], positive.
     """
     if not scheme.quantizes_activations:
         return 0.0
-    step = float((statistics.absmax / scale).max()) / ACTIVATION_QMAX
+    largest = float((statistics.absmax / scale).max())
+    if not scheme.static:
+        largest = min(largest, _median_of_row_maxima(statistics, scale))
+    step = largest / ACTIVATION_QMAX
     return statistics.rows * step**2 / 12 * float((weight * scale).square().sum(dtype=torch.float64))
+
+
+def _median_of_row_maxima(statistics: InputStatistics, scale: Tensor) -> float:
+    """m with ``prod_j P(|x_j / s_j| <= m) = 1/2``, by bisection."""
+    deviation = (statistics.second_moment.diagonal() / max(statistics.rows, 1)).sqrt() / scale
+    deviation = deviation[deviation > 0].to(torch.float64)
+    if not len(deviation):
+        return 0.0
+    low, high = 0.0, float(deviation.max()) * 10
+    for _ in range(30):
+        middle = (low + high) / 2
+        below = torch.erf(middle / (deviation * 2**0.5)).log().sum().exp()
+        low, high = (low, middle) if below > 0.5 else (middle, high)
+    return high
 
 
 def second_moment_of(statistics: InputStatistics) -> Tensor:

@@ -79,7 +79,7 @@ def scale_block(
     alpha: float | None = 0.5,
     grid: int = 20,
     rounding: Rounding = round_to_nearest,
-    weight_magnitude: bool = False,
+    weight_magnitude: bool = True,
 ) -> list[ScalingNote]:
     """Scale the inputs of a block's prepared layers so that they quantize better, in place.
 
