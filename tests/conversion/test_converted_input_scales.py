@@ -40,7 +40,7 @@ KERNELS = [
 
 
 def scale_for(features: int) -> Tensor:
-    return torch.rand(features, generator=torch.Generator().manual_seed(3)) * 3 + 0.1
+    return torch.rand(features, generator=torch.Generator().manual_seed(3)) * 1.5 + 0.5
 
 
 def scaled(model: nn.Module, policy: Any, x: Tensor | None = None) -> nn.Module:
