@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qat_plugin.ptq.producers import Producer
 from qat_plugin.ptq.tracing import Sample, Trace, largest_change, trace
-from qat_plugin.qat.layers import ATTRIBUTE, FakeQuantized, current_weight
+from qat_plugin.qat.layers import ATTRIBUTE, current_weight
 from qat_plugin.qat.quantizer import LayerQuantizer
 
 # ||folded - original|| / ||original|| that float32 rounding explains.
@@ -40,6 +40,26 @@ def fold(
     Returns:
         ``("", a pass on the folded block)``, or why not and ``before``.
     """
+    originals = move_scale(group, producer, scale)
+    after = trace(block, sample)
+    change, where = largest_change(before, after, producer.module)
+    if change <= TOLERANCE:
+        return "", after
+    for parameter, original in originals:
+        parameter.copy_(original)
+    place = "the block's output" if where is None else f"the output of {name_in(block, where)}"
+    return f"folding into {name_in(block, producer.module)} would change {place} by {change:.2g}", before
+
+
+@torch.no_grad()
+def move_scale(group: Sequence[nn.Module], producer: Producer, scale: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Multiply the group's columns by a scale and divide their producer by it, in place.
+
+    Computed in float32 and rounded once to the parameters' types.
+
+    Returns:
+        (parameter, what it was) of each parameter written to.
+    """
     weights = [current_weight(layer) for layer in group]
     originals = [(parameter, parameter.detach().clone()) for parameter in (*weights, *producer.parameters)]
     for layer, weight in zip(group, weights, strict=True):
@@ -47,17 +67,7 @@ def fold(
         rows = quantizer.rows(weight)
         rows.copy_(rows * scale)
     producer.divide(scale)
-    after = trace(block, sample)
-    change, where = largest_change(before, after, producer.module)
-    if not change <= TOLERANCE:
-        for parameter, original in originals:
-            parameter.copy_(original)
-        place = "the block's output" if where is None else f"the output of {name_in(block, where)}"
-        return f"folding into {name_in(block, producer.module)} would change {place} by {change:.2g}", before
-    for layer in (*group, producer.module):
-        if isinstance(layer, FakeQuantized):
-            layer.fake_quantizer.start_anew(current_weight(layer))
-    return "", after
+    return originals
 
 
 def name_in(block: nn.Module, module: nn.Module) -> str:

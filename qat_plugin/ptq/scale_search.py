@@ -11,7 +11,7 @@ from torch import Tensor
 from qat_plugin.errors import ConfigError
 from qat_plugin.scheme import Scheme
 
-# Makes of any scale one that is allowed: shared by the heads of a group, or of powers of two.
+# Makes of any scale one that is allowed: shared by the heads of a group, for example.
 Constraint = Callable[[Tensor], Tensor]
 
 
@@ -83,8 +83,3 @@ def centred(scale: Tensor, alive: Tensor) -> Tensor:
         return torch.ones_like(scale)
     low, high = scale[alive].aminmax()
     return torch.where(alive, scale / (low * high).sqrt(), 1.0)
-
-
-def power_of_two(scale: Tensor) -> Tensor:
-    """The nearest powers of two: multiplying by them is exact in any float type."""
-    return torch.exp2(torch.round(torch.log2(scale)))

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from qat_plugin.errors import ConfigError
 from qat_plugin.measure.evaluating import evaluating
 from qat_plugin.numerics import round_to_nearest
 from qat_plugin.policy.roles import is_quantized
 from qat_plugin.ptq.awq import search_awq
-from qat_plugin.ptq.folding import TOLERANCE, fold, name_in
+from qat_plugin.ptq.folding import TOLERANCE, fold, move_scale, name_in
 from qat_plugin.ptq.output_error import Rounding
 from qat_plugin.ptq.producers import Producer, producers
-from qat_plugin.ptq.scale_search import Candidate, power_of_two
+from qat_plugin.ptq.scale_search import Candidate
 from qat_plugin.ptq.smoothquant import search_smoothquant
 from qat_plugin.ptq.statistics import InputStatistics
 from qat_plugin.ptq.tracing import Sample, largest_change, trace
@@ -83,10 +85,10 @@ def scale_block(
 ) -> list[ScalingNote]:
     """Scale the inputs of a block's prepared layers so that they quantize better, in place.
 
-    A scale goes into the module that produces the input where the float block then computes the same on the sample (to
-    a relative 1e-5); in a 16-bit block that takes scales of powers of two, which are exact there. Elsewhere it becomes
-    an input scale of each layer. Call it before weights become integers: layers that change take new scales, and static
-    schemes must be calibrated afterwards.
+    A scale goes into the module that produces the input where the float block then computes the same on the sample, to
+    a relative 1e-5 (a 16-bit block is tried in float32; its own parameters are then rounded once to their type).
+    Elsewhere it becomes an input scale of each layer. Call it before weights become integers: layers that change take
+    new scales, and static schemes must be calibrated afterwards.
 
     Args:
         block: a part of a prepared model that can be called by itself.
@@ -142,16 +144,30 @@ def _in_float(block: nn.Module) -> Iterator[None]:
 
 
 class _BlockScaler:
-    """Scales the groups of one block in turn."""
+    """Scales the groups of one block in turn; tries folding on a float32 copy where parameters have 16 bits."""
 
     def __init__(self, block: nn.Module, sample: Sample, model: nn.Module | None, search: Search, keep: bool) -> None:
         self.block, self.sample, self.search, self.keep = block, sample, search, keep
+        self.twin, self.unfoldable = block, ""
         self.seen = trace(block, sample)
-        change, _ = largest_change(self.seen, trace(block, sample), None)
-        self.repeats = change <= TOLERANCE
-        mine = set(block.modules())
-        outside = [module for module in model.modules() if module not in mine] if model is not None else []
+        if any(parameter.dtype.itemsize < 4 for parameter in block.parameters()):
+            self._use_float32_copy()
+        change, _ = largest_change(self.seen, trace(self.twin, self.sample), None)
+        if not change <= TOLERANCE:
+            self.unfoldable = "the block does not give the same output twice, so that folding cannot be checked"
+        self.twins = dict(zip(block.modules(), self.twin.modules(), strict=True))
+        self.originals = {twin: original for original, twin in self.twins.items()}
+        outside = [module for module in model.modules() if module not in self.twins] if model is not None else []
         self.used_elsewhere = {id(parameter) for module in outside for parameter in module._parameters.values()}
+
+    def _use_float32_copy(self) -> None:
+        twin, sample = copy.deepcopy(self.block).float(), tree_map(_in_float32, self.sample)
+        try:
+            seen = trace(twin, sample)
+        except (RuntimeError, TypeError, ValueError) as error:
+            self.unfoldable = f"a float32 copy of the block does not run, so that folding cannot be checked ({error})"
+        else:
+            self.twin, self.sample, self.seen = twin, sample, seen
 
     def scale(self, group: Group, statistics: Mapping[str, InputStatistics]) -> ScalingNote:
         """Find a scale for one group and apply it."""
@@ -176,7 +192,7 @@ class _BlockScaler:
         """Why nothing can be done for a group; "" when something can."""
         if not integer:
             return "none of these layers becomes integers"
-        inputs = [self.seen.input_of(layer) for layer in layers]
+        inputs = [self.seen.input_of(self.twins[layer]) for layer in layers]
         if any(given is None for given in inputs):
             return "not all of these layers took part in the sample"
         first = inputs[0]
@@ -194,26 +210,40 @@ class _BlockScaler:
 
     def _fold(self, layers: Sequence[nn.Module], search: Search) -> tuple[str, Candidate | None]:
         """(place folded into, the scale), or (why not, ``None``)."""
-        if not self.repeats:
-            return "the block does not give the same output twice, so that folding cannot be checked", None
-        reasons = []
+        if self.unfoldable:
+            return self.unfoldable, None
+        twins, reasons = [self.twins[layer] for layer in layers], []
         known: dict[object, Candidate] = {}
-        for producer in producers(self.seen, layers, self.block):
-            if reason := self._untouchable(producer, layers):
+        for producer in producers(self.seen, twins, self.twin):
+            mine = replace(producer, module=self.originals[producer.module])
+            if reason := self._untouchable(mine, layers):
                 reasons.append(reason)
                 continue
-            exact = all(p.dtype.itemsize >= 4 for p in (*producer.parameters, *map(current_weight, layers)))
-            key = (producer.heads, exact)
-            if key not in known:
-                known[key] = search(constrain=lambda scale: _allowed(scale, producer, exact))  # noqa: B023  (used now)
-            if _does_nothing(known[key]):
-                reasons.append(f"no scale that {name_in(self.block, producer.module)} could take quantizes better")
+            found = known.get(mine.heads) or search(constrain=mine.constrain)
+            known[mine.heads] = found
+            if _does_nothing(found):
+                reasons.append(f"no scale that {name_in(self.block, mine.module)} could take quantizes better")
                 continue
-            reason, self.seen = fold(self.block, layers, producer, known[key].scale, self.sample, self.seen)
+            reason, self.seen = fold(self.twin, twins, producer, found.scale, self.sample, self.seen)
+            reason = reason or self._folded_for_good(layers, mine, found.scale)
             if not reason:
-                return self._full_name(producer.module, layers[0]), known[key]
+                return self._full_name(mine.module, layers[0]), found
             reasons.append(reason)
         return reasons[0] if reasons else "nothing in the block that could be scaled produces this input", None
+
+    def _folded_for_good(self, layers: Sequence[nn.Module], producer: Producer, scale: Tensor) -> str:
+        """Do in the block what was right in its copy; why not, or ""."""
+        if self.twin is not self.block:
+            written = move_scale(layers, producer, scale)
+            if not all(bool(parameter.isfinite().all()) for parameter, _ in written):
+                for parameter, original in written:
+                    parameter.copy_(original)
+                self.unfoldable = "a folded parameter left the range of its type"  # and the copy is another block now
+                return self.unfoldable
+        for layer in (*layers, producer.module):
+            if isinstance(layer, FakeQuantized):
+                layer.fake_quantizer.start_anew(current_weight(layer))
+        return ""
 
     def _untouchable(self, producer: Producer, layers: Sequence[nn.Module]) -> str:
         """Why parameters must not be written to; "" when they may be."""
@@ -255,14 +285,13 @@ def _quantizer(layer: nn.Module) -> LayerQuantizer:
     return quantizer
 
 
-def _allowed(scale: Tensor, producer: Producer, exact: bool) -> Tensor:
-    constrained = producer.constrain(scale)
-    return constrained if exact else power_of_two(constrained)
-
-
 def _does_nothing(found: Candidate) -> bool:
     return bool((found.scale == 1).all())
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     return a is not None and b is not None and a.shape == b.shape and torch.equal(a, b)
+
+
+def _in_float32(value: object) -> object:
+    return value.to(torch.float32) if isinstance(value, Tensor) and value.is_floating_point() else value
