@@ -157,8 +157,7 @@ class _BlockScaler:
             self.unfoldable = "the block does not give the same output twice, so that folding cannot be checked"
         self.twins = dict(zip(block.modules(), self.twin.modules(), strict=True))
         self.originals = {twin: original for original, twin in self.twins.items()}
-        outside = [module for module in model.modules() if module not in self.twins] if model is not None else []
-        self.used_elsewhere = {id(parameter) for module in outside for parameter in module._parameters.values()}
+        self.used_elsewhere = set() if model is None else _used_outside(model, block)
 
     def _use_float32_copy(self) -> None:
         twin, sample = copy.deepcopy(self.block).float(), tree_map(_in_float32, self.sample)
@@ -283,6 +282,14 @@ class _BlockScaler:
 def _quantizer(layer: nn.Module) -> LayerQuantizer:
     quantizer: LayerQuantizer = getattr(layer, ATTRIBUTE)
     return quantizer
+
+
+def _used_outside(model: nn.Module, block: nn.Module) -> set[int]:
+    """Ids of the parameters that the model reaches by a way around the block, modules shared with it included."""
+    paths = list(model.named_modules(remove_duplicate=False))
+    inside = tuple(f"{name}." if name else "" for name, module in paths if module is block)
+    around = [module for name, module in paths if not f"{name}.".startswith(inside)]
+    return {id(parameter) for module in around for parameter in module._parameters.values()}
 
 
 def _does_nothing(found: Candidate) -> bool:

@@ -234,10 +234,14 @@ def test_a_fold_that_changes_anything_is_undone_and_said(variant: str, actions: 
         assert torch.equal(block.norm.bias, before["norm.bias"])
 
 
-def test_parameters_used_outside_the_block_are_left_alone() -> None:
+@pytest.mark.parametrize("shared", ["the module", "its weight"])
+def test_parameters_used_outside_the_block_are_left_alone(shared: str) -> None:
     block, given = block_arguments("plain")
-    model = nn.ModuleDict({"block": block, "elsewhere": nn.LayerNorm(64)})
-    model["elsewhere"].weight = block.norm.weight
+    elsewhere = block.norm
+    if shared == "its weight":
+        elsewhere = nn.LayerNorm(64)
+        elsewhere.weight = block.norm.weight
+    model = nn.ModuleDict({"block": block, "elsewhere": elsewhere})
     before = block.norm.weight.clone()
     notes = scale_block(*given, "smoothquant", model=model)
     assert [note.action for note in notes] == ["kept", "folded"]
