@@ -63,7 +63,8 @@ def search_smoothquant(
     """As :func:`smoothquant_scale`, with the error that it makes or, for ``alpha=None``, the alpha of the least.
 
     That error is the weights' own on the calibration rows, plus a model of the activations'
-    (:func:`~qat_plugin.ptq.output_error.activation_error`).
+    (:func:`~qat_plugin.ptq.output_error.activation_error`). It is the error on the rows seen: for static schemes and
+    heavy-tailed inputs the search brings every feature to the edge of the range, where unseen rows clip. 0.5 is safer.
 
     Args:
         weights, statistics: as there, with the second moment.
