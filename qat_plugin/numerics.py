@@ -346,6 +346,21 @@ class _FakeQuantizeActivation(torch.autograd.Function):
         return (grad * ctx.saved_tensors[0] if ctx.clips else grad), None
 
 
+def divided_input(x: Tensor, input_scale: Tensor, scheme: Scheme) -> Tensor:
+    """The input of a layer whose weight's columns are multiplied by ``input_scale``.
+
+    Divided in float32. What the scheme rounds to INT8 stays float32 until then, so that a layer sees the same integers
+    in any float type; otherwise the quotient is rounded once to the type of ``x``. Differentiable.
+
+    Args:
+        x: [..., in_features], any float type.
+        input_scale: float32 [in_features], positive.
+        scheme: the layer's.
+    """
+    quotient = x / input_scale
+    return quotient if scheme.quantizes_activations else quotient.to(x.dtype)
+
+
 def fake_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Round to a narrower float type and back, straight-through: what a layer kept in ``dtype`` will hold."""
     return cast(Tensor, _FakeCast.apply(weight, dtype))

@@ -259,7 +259,8 @@ def _with_kernels(plan: Plan, layers: Mapping[str, nn.Module]) -> Plan:
             )
             kernel, leader = kernel_named(weight.kernel_name), layers.get(entry.tied_to or "")
             shared = leader is not None and leader._parameters["weight"] is weight
-            size = 0 if shared else kernel.nbytes(spec)
+            scaled = 0 if weight.input_scale is None else weight.input_scale.nbytes
+            size = 0 if shared else kernel.nbytes(spec) + scaled
             entry = replace(entry, kernel=kernel.name, note=choose(spec).note, bytes_after=size)
         entries.append(entry)
     return Plan(tuple(entries), plan.model)

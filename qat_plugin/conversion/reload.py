@@ -48,6 +48,10 @@ def like(current: Tensor, weight: Tensor, state: Mapping[str, Tensor], observer:
         return CastWeight(weight.to(current.data_.dtype), current.logical_dtype)
     assert isinstance(current, QuantizedWeight)
     rows, scheme = (weight.t() if current.transposed else weight), current.scheme
+    input_scale = current.input_scale
+    if input_scale is not None:
+        input_scale = state.get("input_scale", input_scale).to(rows.device)
+        rows = rows * input_scale
     if "frozen_scale" in state:
         integers = quantize(rows, *_on(rows, state["frozen_scale"], state.get("frozen_zero_point")), scheme)
     elif "scale" in state:
@@ -63,6 +67,7 @@ def like(current: Tensor, weight: Tensor, state: Mapping[str, Tensor], observer:
         transposed=current.transposed,
         usage=current.usage,
         activation_scale=activation_scale,
+        input_scale=input_scale,
         kernel=current.kernel_name,
     )
 
@@ -75,7 +80,7 @@ def dequantized_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The float state_dict of a converted model: its integers as the numbers they stand for.
 
     It loads into the user's own float model, without this package; quantizing it again gives the same integers where
-    the scales are min-max ones.
+    the scales are min-max ones and no layer has an input scale (by which its numbers are divided here).
     """
     return {
         name: tensor.dequantize() if is_converted_weight(tensor) else tensor
@@ -143,6 +148,12 @@ def _states(state: Mapping[str, Any] | None, layers: Mapping[str, Candidate]) ->
             continue
         if Scheme.parse(schemes[name] or "fp32").weight_format != weight.scheme.weight_format:
             raise CheckpointError(f"{name} is {weight.scheme} here, {schemes[name]} in the quantizer state")
+        if ("input_scale" in entries[name]) != (weight.input_scale is not None):
+            there_or_not = "has" if "input_scale" in entries[name] else "lacks"
+            raise CheckpointError(
+                f"{name}: the quantizer state {there_or_not} an input scale, the converted layer does the opposite; "
+                "convert a model prepared from that checkpoint"
+            )
         here = tuple(weight.integers().scale.shape)
         for key in ("scale", "frozen_scale"):
             there = _shape(entries[name].get(key))

@@ -28,6 +28,8 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
     Attributes:
         data_, scale, zero_point: the kernel's tensors.
         activation_scale: float32 scalar of a static scheme, else ``None``.
+        input_scale: float32 [in_features] that inputs are divided by, or ``None``; the integers are of the weight times
+            it.
         kernel_name, spelling: the kernel and the scheme.
         logical_shape: [out, in] ([in, out] when ``transposed``), what ``.shape`` says.
         logical_dtype: the float type it stands for, what ``.dtype`` says.
@@ -35,7 +37,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
     """
 
     tensor_data_names = ["data_", "scale"]  # noqa: RUF012  (torchao reads and copies these lists)
-    optional_tensor_data_names = ["zero_point", "activation_scale"]  # noqa: RUF012
+    optional_tensor_data_names = ["zero_point", "activation_scale", "input_scale"]  # noqa: RUF012
     tensor_attribute_names = [  # noqa: RUF012
         "kernel_name", "spelling", "logical_shape", "logical_dtype", "transposed", "usage",
     ]  # fmt: skip
@@ -44,6 +46,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
     scale: Tensor
     zero_point: Tensor | None
     activation_scale: Tensor | None
+    input_scale: Tensor | None
 
     @staticmethod
     def __new__(
@@ -58,6 +61,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
         usage: Usage,
         zero_point: Tensor | None = None,
         activation_scale: Tensor | None = None,
+        input_scale: Tensor | None = None,
     ) -> QuantizedWeight:
         """An empty shell of the logical shape and type."""
         return torch.Tensor._make_wrapper_subclass(
@@ -76,6 +80,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
         usage: Usage,
         zero_point: Tensor | None = None,
         activation_scale: Tensor | None = None,
+        input_scale: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.data_ = data_
@@ -88,6 +93,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
         self.usage = usage
         self.zero_point = zero_point
         self.activation_scale = activation_scale
+        self.input_scale = input_scale
 
     @classmethod
     def from_integers(
@@ -98,6 +104,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
         transposed: bool = False,
         usage: Usage = "linear",
         activation_scale: Tensor | None = None,
+        input_scale: Tensor | None = None,
         kernel: str | None = None,
     ) -> QuantizedWeight:
         """Pack integers for the best kernel of their device.
@@ -108,6 +115,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
             transposed: the module's weight is [in_features, out_features].
             usage: how the weight is read.
             activation_scale: float32 scalar, for static schemes.
+            input_scale: float32 [in_features], when the integers are of the weight times it.
             kernel: a kernel's name, instead of the table's choice.
 
         Raises:
@@ -123,7 +131,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
         shape = (columns, rows) if transposed else (rows, columns)
         return cls(
             packed.data, packed.scale, name, str(quantized.scheme), shape, dtype, transposed, usage,
-            zero_point=packed.zero_point, activation_scale=activation_scale,
+            zero_point=packed.zero_point, activation_scale=activation_scale, input_scale=input_scale,
         )  # fmt: skip
 
     @property
@@ -145,12 +153,19 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
         return self.logical_shape[1 if self.transposed else 0]
 
     def integers(self) -> Quantized:
-        """The integers, scales and zero points, [out_features, in_features], unpacked exactly."""
+        """The integers, scales and zero points, [out_features, in_features], unpacked exactly.
+
+        With an input scale they stand for the weight times it.
+        """
         return kernel_named(self.kernel_name).unpack(self)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The float weight it stands for, in the module's orientation."""
-        weight = self.integers().dequantize(dtype or self.logical_dtype)
+        dtype = dtype or self.logical_dtype
+        if self.input_scale is None:
+            weight = self.integers().dequantize(dtype)
+        else:
+            weight = (self.integers().dequantize() / self.input_scale).to(dtype)
         return weight.t() if self.transposed else weight
 
     def repack(self, device: torch.device, dtype: torch.dtype) -> QuantizedWeight:
@@ -162,9 +177,13 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
             None if quantized.zero_point is None else quantized.zero_point.to(device),
             quantized.scheme,
         )
-        activation_scale = None if self.activation_scale is None else self.activation_scale.to(device)
         return type(self).from_integers(
-            moved, dtype, transposed=self.transposed, usage=self.usage, activation_scale=activation_scale
+            moved,
+            dtype,
+            transposed=self.transposed,
+            usage=self.usage,
+            activation_scale=None if self.activation_scale is None else self.activation_scale.to(device),
+            input_scale=None if self.input_scale is None else self.input_scale.to(device),
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedWeight:
@@ -184,6 +203,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
             self.transposed,
             self.usage,
             _is_parameter(self),
+            self.input_scale,
         )
 
     def __repr__(self) -> str:
@@ -237,10 +257,11 @@ def _from_parts(
     transposed: bool,
     usage: Usage,
     parameter: bool,
+    input_scale: Tensor | None = None,  # pickles of older versions have none
 ) -> Tensor:
     quantized = Quantized(q, scale, zero_point, Scheme.parse(spelling))
     weight = QuantizedWeight.from_integers(
-        quantized, dtype, transposed=transposed, usage=usage, activation_scale=activation_scale
+        quantized, dtype, transposed=transposed, usage=usage, activation_scale=activation_scale, input_scale=input_scale
     )
     return torch.nn.Parameter(weight, requires_grad=False) if parameter else weight
 

@@ -78,6 +78,19 @@ class InputStatistics:
         """Mean x^2 of each feature, float32 [K]."""
         return self.second_moment.diagonal() / max(self.rows, 1)
 
+    @torch.no_grad()
+    def divide(self, scale: Tensor) -> None:
+        """Make these the sums over x / scale, in place.
+
+        Args:
+            scale: float32 [in_features], positive.
+        """
+        scale = scale.to(self.absmax)
+        if self.hessian:
+            self.second_moment.div_(scale).div_(scale.unsqueeze(1))
+        self.sum_abs /= scale
+        self.absmax = self.absmax / scale
+
     @property
     def mean_abs(self) -> Tensor:
         """Mean |x| of each feature, float32 [K]."""

@@ -1,6 +1,6 @@
 """Fake quantization in place: weights keep their names and Parameter objects, phases are state."""
 
-from qat_plugin.qat.held import hold
+from qat_plugin.qat.held import hold, set_input_scale
 from qat_plugin.qat.prepare import (
     get_phase,
     is_prepared,
@@ -44,6 +44,7 @@ __all__ = [
     "quantizer_state",
     "quantizers",
     "reusing_weights",
+    "set_input_scale",
     "set_phase",
     "synchronize_observers",
     "unprepare",

@@ -14,6 +14,7 @@ from qat_plugin.errors import CheckpointError, DataError, PrepareError
 from qat_plugin.numerics import (
     Quantized,
     choose_qparams,
+    divided_input,
     fake_cast,
     fake_quantize_learned,
     learned_scale,
@@ -23,6 +24,7 @@ from qat_plugin.observers.factory import make_observer
 from qat_plugin.observers.observer import Observer
 from qat_plugin.observers.spelling import DEFAULT_FOR_TRAINING, ObserverSpec
 from qat_plugin.policy import LayerPlan, Plan
+from qat_plugin.qat.input_scale import wrong_input_scale
 from qat_plugin.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -53,12 +55,17 @@ class LayerQuantizer(nn.Module):
         learn_scales: make the scales a Parameter (LSQ), initialised from the weight.
         share: the quantizer of the layer this one is tied to; their learned scales are one Parameter.
         observer: what a static scheme calibrates its activations with.
+
+    Attributes:
+        input_scale: float32 [in_features], positive, or ``None``. With it the forward pass is ``x / s`` times the
+            fake-quantized ``W s``; the weight itself stays the float model's.
     """
 
     scale: Tensor | None
     zero_point: Tensor | None
     frozen_scale: Tensor | None
     frozen_zero_point: Tensor | None
+    input_scale: Tensor | None
 
     def __init__(
         self,
@@ -79,7 +86,7 @@ class LayerQuantizer(nn.Module):
         self.observe_always = False
         self.reuse: WeightReuse | None = None
         self.observer = _hidden(make_observer(observer)) if self.scheme.static else None
-        for name in ("zero_point", "frozen_scale", "frozen_zero_point"):
+        for name in ("zero_point", "frozen_scale", "frozen_zero_point", "input_scale"):
             self.register_buffer(name, None, persistent=False)
         self.register_parameter("scale", None)
         if learn_scales and self.scheme.is_integer:
@@ -106,8 +113,18 @@ class LayerQuantizer(nn.Module):
         """The weight as [out_features, in_features]."""
         return weight.t() if self.transposed else weight
 
+    def scaled_rows(self, weight: Tensor) -> Tensor:
+        """What the integers are taken of, [out_features, in_features]: the rows, times the input scale in float32."""
+        rows = self.rows(weight)
+        return rows if self.input_scale is None else rows * self.input_scale
+
     def fake_weight(self, rows: Tensor) -> Tensor:
-        """Fake-quantized [rows, in_features]; differentiable."""
+        """Fake-quantized [rows, in_features], of ``W s`` where there is an input scale; differentiable."""
+        if self.input_scale is None:
+            return self._on_grid(rows)
+        return self._on_grid(rows * self.input_scale).to(rows.dtype)
+
+    def _on_grid(self, rows: Tensor) -> Tensor:
         if self.scheme.is_float:
             return fake_cast(rows, self.scheme.float_dtype)
         if self.frozen_scale is not None:
@@ -140,7 +157,17 @@ class LayerQuantizer(nn.Module):
             packed = self.fake_input(torch.cat(sequences))
             parts = packed.split([len(sequence) for sequence in sequences])
             return torch.nested.as_nested_tensor(list(parts), layout=x.layout)
+        if self.input_scale is not None:
+            return self._fake_divided(x, self.input_scale)
         self.observe(x)
+        return self._fake_activation(x)
+
+    def _fake_divided(self, x: Tensor, input_scale: Tensor) -> Tensor:
+        divided = divided_input(x, input_scale, self.scheme)
+        self.observe(divided)
+        return self._fake_activation(divided).to(x.dtype) if self.active else x
+
+    def _fake_activation(self, x: Tensor) -> Tensor:
         if not self.scheme.quantizes_activations or not self.active or not x.is_floating_point():
             return x
         if self.observer is None:
@@ -187,11 +214,11 @@ class LayerQuantizer(nn.Module):
             return self.frozen_scale, self.frozen_zero_point
         if self.scale is not None:
             return learned_scale(self.scale, self.scheme), self.zero_point
-        return choose_qparams(self.rows(weight), self.scheme)
+        return choose_qparams(self.scaled_rows(weight), self.scheme)
 
     def integers(self, weight: Tensor) -> Quantized:
         """The integers that the fake-quantized forward stands for."""
-        return quantize(self.rows(weight), *self.qparams(weight), self.scheme)
+        return quantize(self.scaled_rows(weight), *self.qparams(weight), self.scheme)
 
     def activation_scale(self) -> Tensor | None:
         """The calibrated scale of a static scheme, float32 scalar; ``None`` for others.
@@ -229,9 +256,22 @@ class LayerQuantizer(nn.Module):
         self.frozen_scale, self.frozen_zero_point = scale.clone(), zero_point
         self.phase = Phase.FROZEN
 
+    def start_anew(self, weight: Tensor) -> None:
+        """Take scales from the weight as it is now, and forget the activations seen: one of them was rescaled."""
+        frozen, self.frozen_scale, self.frozen_zero_point = self.frozen_scale is not None, None, None
+        if self.scale is not None:
+            scale, self.zero_point = choose_qparams(self.scaled_rows(weight.detach()), self.scheme)
+            with torch.no_grad():
+                self.scale.copy_(scale)
+        if frozen:
+            self.enter(self.phase, weight)
+        if self.observer is not None:
+            self.observe_with(self.observer.spec)
+
     def export_state(self) -> dict[str, Tensor]:
         """Scales and observer statistics, as tensors on the CPU."""
-        tensors = {name: getattr(self, name) for name in ("scale", "zero_point", "frozen_scale", "frozen_zero_point")}
+        names = ("scale", "zero_point", "frozen_scale", "frozen_zero_point", "input_scale")
+        tensors = {name: getattr(self, name) for name in names}
         if self.observer is not None:
             tensors |= dict(self.observer.named_buffers())
         return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items() if tensor is not None}
@@ -253,12 +293,16 @@ class LayerQuantizer(nn.Module):
         due |= watched.keys()
         if phase is Phase.FROZEN and self.scheme.is_integer:
             due |= {"frozen_scale"} if self.scheme.symmetric else {"frozen_scale", "frozen_zero_point"}
-        if wrong := sorted(due ^ state.keys()):
+        if wrong := sorted(due ^ (state.keys() - {"input_scale"})):
             raise CheckpointError(
                 f"{name} ({self.scheme}): the checkpoint's {', '.join(wrong)} is missing or unexpected"
             )
         for key, value in state.items():
             shape = tuple(watched[key].shape) if key in watched else self.scale_shape
+            if key == "input_scale" and isinstance(value, Tensor):
+                if wrong_scale := wrong_input_scale(self, value):
+                    raise CheckpointError(f"the checkpoint's input_scale: {wrong_scale}")
+                continue
             if not isinstance(value, Tensor) or tuple(value.shape) != shape:
                 given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise CheckpointError(f"{name}: the checkpoint's {key} has shape {given}, this layer's is {shape}")
@@ -268,7 +312,7 @@ class LayerQuantizer(nn.Module):
         if self.scale is not None:
             with torch.no_grad():
                 self.scale.copy_(state["scale"])
-        for name in ("zero_point", "frozen_scale", "frozen_zero_point"):
+        for name in ("zero_point", "frozen_scale", "frozen_zero_point", "input_scale"):
             value = state.get(name)
             setattr(self, name, None if value is None else value.detach().clone().to(device))
         if self.observer is not None:
