@@ -65,12 +65,12 @@ class ChainInputs:
     rest: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(default_factory=list)
     slot: int | str = 0
 
-    def call(self, block: nn.Module, index: int, batch: int, hidden: Tensor) -> Any:
-        """Run a block on an input with the other arguments of that batch."""
+    def arguments(self, index: int, batch: int, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What a block is called with: an input, and the other arguments of that batch."""
         args, kwargs = self.rest[index][batch]
         if isinstance(self.slot, int):
-            return block(hidden, *args, **kwargs)
-        return block(*args, **{self.slot: hidden}, **kwargs)
+            return (hidden, *args), kwargs
+        return args, {self.slot: hidden, **kwargs}
 
 
 class _Recorder:

@@ -65,7 +65,13 @@ def input_groups(layers: Mapping[str, nn.Module], run: Run) -> list[Group]:
 
 
 def gather(
-    group: Group, run: Run, batches: int, *, hessian: bool, twin: tuple[nn.Module, Run] | None = None
+    group: Group,
+    run: Run,
+    batches: int,
+    *,
+    hessian: bool,
+    twin: tuple[nn.Module, Run] | None = None,
+    static: bool = True,
 ) -> InputStatistics:
     """Statistics of a group's input over all batches.
 
@@ -74,6 +80,7 @@ def gather(
         run: runs the part of the model that holds the group.
         batches: how many.
         hessian: gather sums of the inputs, the second moment among them; without it static schemes only watch.
+        static: let static schemes watch.
         twin: the same first layer in the float model, and what runs that; to know how far inputs drifted.
 
     Raises:
@@ -82,7 +89,7 @@ def gather(
     mine: list[LayerQuantizer] = [getattr(layer, ATTRIBUTE) for layer in group.layers.values()]
     first = mine[0]
     statistics = InputStatistics(first.layer.shape[1], hessian)
-    with _observing(mine):
+    with _observing(mine, static):
         for batch in range(batches):
             beside = None if twin is None else _inputs(twin[0], twin[1], batch, group.calls)
             for call, x in enumerate(_inputs(group.first, run, batch, group.calls)):
@@ -92,17 +99,19 @@ def gather(
                 if hessian:
                     statistics.add(taken, None if beside is None else beside[call])
     statistics.synchronize()
-    synchronize([quantizer.observer for quantizer in mine if quantizer.observer is not None])
+    if static:
+        synchronize([quantizer.observer for quantizer in mine if quantizer.observer is not None])
     return statistics
 
 
 @contextmanager
-def _observing(quantizers: Sequence[LayerQuantizer]) -> Iterator[None]:
+def _observing(quantizers: Sequence[LayerQuantizer], static: bool) -> Iterator[None]:
     """Let static schemes watch; dynamic ones round what they take, as the kernel will."""
     before = {quantizer: quantizer.phase for quantizer in quantizers}
     for quantizer in quantizers:
-        quantizer.observe_always = True
-        quantizer.phase = Phase.OBSERVING if quantizer.observer is not None else Phase.FAKE_QUANTIZED
+        quantizer.observe_always = static
+        watching = quantizer.observer is not None
+        quantizer.phase = Phase.FAKE_QUANTIZED if not watching else Phase.OBSERVING if static else Phase.FLOAT
     try:
         yield
     finally:
@@ -147,10 +156,9 @@ def _not_finite(name: str, batch: int, x: Tensor) -> str:
     )
 
 
-def energy(weight: Tensor, moment: Tensor) -> float:
-    """Mean squared output of a layer, ``tr(W H W^T)``."""
-    rows = weight.to(torch.float32)
-    return float(((rows @ moment) * rows).sum())
+def layer_named(module: nn.Module, name: str) -> nn.Module:
+    """The prepared layer of a plan name in a copy of the module that holds it."""
+    return next(m for m in module.modules() if hasattr(m, ATTRIBUTE) and getattr(m, ATTRIBUTE).layer.name == name)
 
 
 def names_of(groups: Sequence[Group]) -> set[str]:

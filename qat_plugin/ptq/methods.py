@@ -12,6 +12,7 @@ from qat_plugin.numerics import Quantized, round_to_nearest
 from qat_plugin.ptq.clip import clip_search
 from qat_plugin.ptq.gptq import GptqOptions, gptq
 from qat_plugin.ptq.hqq import hqq
+from qat_plugin.ptq.scaling import ScalingMethod
 from qat_plugin.ptq.statistics import InputStatistics
 from qat_plugin.scheme import Scheme
 
@@ -23,6 +24,7 @@ class Method:
     """One way of post-training quantization.
 
     Attributes:
+        scaling: how inputs are scaled first, ``awq`` or ``smoothquant``; ``None`` for not.
         rounding: ``rtn`` (min-max grid, nearest), ``mse`` (searched grid, nearest), ``hqq`` (refined zero points) or
             ``gptq``.
         help: one line.
@@ -30,11 +32,12 @@ class Method:
 
     rounding: Rounding
     help: str
+    scaling: ScalingMethod | None = None
 
     @property
     def looks(self) -> bool:
-        """Whether weights are rounded in view of the layers' inputs."""
-        return self.rounding != "rtn"
+        """Whether the layers' inputs are looked at."""
+        return self.rounding != "rtn" or self.scaling is not None
 
 
 METHODS: Final[dict[str, Method]] = {
@@ -42,6 +45,9 @@ METHODS: Final[dict[str, Method]] = {
     "mse": Method("mse", "grids by search, squared errors weighted by the inputs"),
     "hqq": Method("hqq", "zero points refined by a robust fit (below 4 bits)"),
     "gptq": Method("gptq", "errors are made up for by the weights still to come; blocks in turn"),
+    "awq": Method("mse", "input scales that spare the weights of large inputs, then grids by search", "awq"),
+    "awq-gptq": Method("gptq", "AWQ's input scales, then GPTQ", "awq"),
+    "smoothquant": Method("rtn", "input scales that share outliers between activations and weights", "smoothquant"),
 }
 
 

@@ -78,7 +78,7 @@ class _Folder(Store):
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def load(self, part: str, layers: dict[str, nn.Module], scope: nn.Module) -> tuple[LayerResult, ...] | None:
+    def load(self, part: str, layers: Mapping[str, nn.Module], changed: nn.Module | None) -> list[LayerResult] | None:
         path = self._path(part)
         if not path.exists():
             return None
@@ -91,18 +91,20 @@ class _Folder(Store):
                 tensors = {name: file.get_tensor(name) for name in names}
             if header["sum"] != _sum_of(tensors):
                 raise CheckpointError(f"{path} does not have the sum that it was written with; delete it")
-            results = tuple(LayerResult(**result) for result in header["results"])
+            results = [LayerResult(**result) for result in header["results"]]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{path} is damaged ({error}); delete it to do that block again") from error
-        _restore(layers, scope, tensors)
+        _restore(layers, changed, tensors)
         return results
 
-    def save(self, part: str, layers: dict[str, nn.Module], scope: nn.Module, results: Sequence[LayerResult]) -> None:
+    def save(
+        self, part: str, layers: Mapping[str, nn.Module], changed: nn.Module | None, results: Sequence[LayerResult]
+    ) -> None:
         from safetensors.torch import save
 
-        tensors = _taken(layers, scope)
+        tensors = _taken(layers, changed)
         header = {"sum": _sum_of(tensors), "results": [asdict(result) for result in results]}
         _write(self._path(part), save(tensors, metadata={"qat_plugin": json.dumps(header)}))
 
@@ -110,7 +112,7 @@ class _Folder(Store):
         return self._folder / f"{part}.safetensors"
 
 
-def _taken(layers: Mapping[str, nn.Module], scope: nn.Module) -> dict[str, Tensor]:
+def _taken(layers: Mapping[str, nn.Module], changed: nn.Module | None) -> dict[str, Tensor]:
     """What a part left: integers and states of its layers, and the block's other parameters."""
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -124,24 +126,26 @@ def _taken(layers: Mapping[str, nn.Module], scope: nn.Module) -> dict[str, Tenso
             tensors[f"{name}:held_scale"] = found.scale.cpu()
             if found.zero_point is not None:
                 tensors[f"{name}:held_zero_point"] = found.zero_point.cpu()
-    for key, parameter in _others(scope).items():
+    for key, parameter in _others(changed).items():
         tensors[f"other:{key}"] = parameter.detach().cpu()
     return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
 
 
-def _others(scope: nn.Module) -> dict[str, nn.Parameter]:
-    """Small parameters of a block: those of norms, and biases; never a model's embedding."""
-    weights = {id(current_weight(m)) for m in scope.modules() if isinstance(m, FakeQuantized)}
+def _others(changed: nn.Module | None) -> dict[str, nn.Parameter]:
+    """The parameters that folding may have changed: all but the prepared layers' weights."""
+    if changed is None:
+        return {}
+    weights = {id(current_weight(m)) for m in changed.modules() if isinstance(m, FakeQuantized)}
     return {
         name: parameter
-        for name, parameter in scope.named_parameters()
-        if id(parameter) not in weights and parameter.dim() == 1 and "fake_quantizer" not in name
+        for name, parameter in changed.named_parameters()
+        if id(parameter) not in weights and "fake_quantizer" not in name
     }
 
 
 @torch.no_grad()
-def _restore(layers: Mapping[str, nn.Module], scope: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    for key, parameter in _others(scope).items():
+def _restore(layers: Mapping[str, nn.Module], changed: nn.Module | None, tensors: Mapping[str, Tensor]) -> None:
+    for key, parameter in _others(changed).items():
         parameter.copy_(tensors[f"other:{key}"])
     for name, layer in layers.items():
         quantizer: LayerQuantizer = getattr(layer, ATTRIBUTE)

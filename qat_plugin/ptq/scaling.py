@@ -58,6 +58,14 @@ class ScalingNote:
     error: float = 0.0
     unscaled_error: float = 0.0
 
+    @property
+    def in_short(self) -> str:
+        """What was done, without names and figures."""
+        because = f": {self.reason}" if self.reason else ""
+        if self.action == "folded":
+            return f"input scale folded into {self.place}"
+        return ("input scale kept" if self.action == "kept" else "no input scale") + because
+
     def __str__(self) -> str:
         names = ", ".join(self.layers)
         if self.action == "none":

@@ -4,36 +4,37 @@
 
     batches -> loose layers before -> chain of blocks, one at a time -> loose layers after
                                        |  block i: hidden states in
-                                       |    layers that share an input: statistics -> integers -> next ones
+                                       |    scales of inputs (AWQ, SmoothQuant), folded where that is exact
+                                       |    layers that share an input: statistics -> integers -> the next ones
                                        |  hidden states out, through the quantized block
 
-Of a chain only one block's inputs are held (two copies: the quantized model's and the float one's), and they replace
-each other batch by batch. Parts that are no chain are run from the model's beginning each time.
+Of a chain only one block's inputs are held (for GPTQ twice: the quantized model's and the float one's), and they
+replace each other batch by batch. Parts that are no chain are run from the model's beginning each time.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qat_plugin.errors import PrepareError
-from qat_plugin.numerics import Quantized, round_to_nearest
 from qat_plugin.ptq.chains import Chain, ChainInputs, find_chains, first_output, record
-from qat_plugin.ptq.feeding import feed
-from qat_plugin.ptq.gptq import GptqOptions, aim, output_error
-from qat_plugin.ptq.inputs import Group, Run, energy, gather, input_groups, names_of
-from qat_plugin.ptq.methods import Method, rounded
+from qat_plugin.ptq.feeding import arguments
+from qat_plugin.ptq.gptq import GptqOptions
+from qat_plugin.ptq.inputs import Group, Run, gather, input_groups, layer_named, names_of
+from qat_plugin.ptq.layerwise import Rounder, multiplies
+from qat_plugin.ptq.methods import Method
 from qat_plugin.ptq.results import LayerResult
+from qat_plugin.ptq.scaling import scale_block
 from qat_plugin.ptq.statistics import InputStatistics
-from qat_plugin.qat import LayerQuantizer, Phase, hold, prepared_layers
-from qat_plugin.qat.layers import ATTRIBUTE, current_weight
-from qat_plugin.scheme import Scheme
+from qat_plugin.ptq.tracing import Sample
+from qat_plugin.qat import LayerQuantizer, prepared_layers
+from qat_plugin.qat.layers import ATTRIBUTE
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,41 @@ class Part:
 class Store:
     """Where finished parts are kept; this one keeps nothing."""
 
-    def load(self, part: str, layers: dict[str, nn.Module], scope: nn.Module) -> tuple[LayerResult, ...] | None:
+    def load(self, part: str, layers: Mapping[str, nn.Module], changed: nn.Module | None) -> list[LayerResult] | None:
         """Put an earlier session's results into the layers; ``None`` when there are none."""
         return None
 
-    def save(self, part: str, layers: dict[str, nn.Module], scope: nn.Module, results: Sequence[LayerResult]) -> None:
-        """Keep the results of a part."""
+    def save(
+        self, part: str, layers: Mapping[str, nn.Module], changed: nn.Module | None, results: Sequence[LayerResult]
+    ) -> None:
+        """Keep the results of a part.
+
+        Args:
+            part: its name, a file's.
+            layers: plan name -> layer.
+            changed: the module whose other parameters folding may have changed.
+            results: what was done.
+        """
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """A module that can be run on each batch, and the layers in it whose turn has come.
+
+    Attributes:
+        name, layers: the part's.
+        module: a block, or the model.
+        sample: the arguments of a real call of ``module``.
+        running: a copy of ``module`` -> what runs it, on the quantized model's inputs or (``True``) the float one's.
+        whole: nothing of the model lies outside, so that a copy of it and scales may be afforded.
+    """
+
+    name: str
+    layers: dict[str, nn.Module]
+    module: nn.Module
+    sample: Sample
+    running: Callable[[nn.Module, bool], Run]
+    whole: bool = True
 
 
 @dataclass
@@ -94,32 +124,23 @@ class Walker:
         """Do all of it."""
         layers = prepared_layers(self.model)
         if not self.method.looks:  # nothing depends on the data, and the float weights stay what they are
-            return tuple(
-                LayerResult(name, str(getattr(layer, ATTRIBUTE).scheme), "rtn") for name, layer in layers.items()
-            )
-        self._held: dict[int, tuple[str, Quantized]] = {}
-        self._parted = _parted_by_conversion(layers)
-        waiting = dict(layers)
-        chains = [(chain, self._inside(chain, layers)) for chain in find_chains(self.model)]
-        self._count = 1 + sum(len(chain.blocks) for chain, _ in chains)
-        self._done = 0
-        for chain, inside in chains:
-            self._loose(self._before(chain, waiting, {name for _, names in chains for name in names}))
-            self._chain(chain, {name: layers[name] for name in inside})
-            waiting = {name: layer for name, layer in layers.items() if name not in self._finished()}
-        self._loose(waiting, last=True)
+            return tuple(LayerResult(name, _spelled(layer), "rtn") for name, layer in layers.items())
+        self._rounder = Rounder(self.method, self.options, layers)
+        chains = find_chains(self.model)
+        self._done, self._count = 0, 1 + sum(len(chain.blocks) for chain in chains)
+        chained = {name for chain in chains for name in _inside(chain.blocks, layers)}
+        for chain in chains:
+            early = self._before(chain, {name: layer for name, layer in layers.items() if name not in chained})
+            self._loose({name: layer for name, layer in early.items() if not self._is_done(name)})
+            self._chain(chain, _inside(chain.blocks, layers))
+        self._loose({name: layer for name, layer in layers.items() if not self._is_done(name)}, whole=not chains)
         return tuple(self.results)
 
-    def _finished(self) -> set[str]:
-        return {result.name for result in self.results}
+    def _is_done(self, name: str) -> bool:
+        return any(result.name == name for result in self.results)
 
-    def _inside(self, chain: Chain, layers: dict[str, nn.Module]) -> list[str]:
-        members = {id(module) for block in chain.blocks for module in block.modules()}
-        return [name for name, layer in layers.items() if id(layer) in members]
-
-    def _before(self, chain: Chain, waiting: dict[str, nn.Module], chained: set[str]) -> dict[str, nn.Module]:
+    def _before(self, chain: Chain, loose: dict[str, nn.Module]) -> dict[str, nn.Module]:
         """The loose layers that run before a chain does."""
-        loose = {name: layer for name, layer in waiting.items() if name not in chained}
         early: dict[str, nn.Module] = {}
         handles = [
             layer.register_forward_pre_hook(lambda _, __, name=name: early.setdefault(name, loose[name]) and None)
@@ -134,40 +155,51 @@ class Walker:
 
     # ------------------------------------------------------------------------------------------------------ the parts
 
-    def _loose(self, layers: dict[str, nn.Module], *, last: bool = False) -> None:
+    def _loose(self, layers: dict[str, nn.Module], *, whole: bool = False) -> None:
         """Layers outside of chains; the whole model runs for each group of them."""
-        if layers:
-            self._part("model", layers, self.model, lambda batch: feed(self.model, self.batches[batch]), None)
-        if last:
-            self._done += 1
+        if not layers:
+            return
+
+        def running(model: nn.Module, _: bool) -> Run:
+            def run(batch: int) -> Any:
+                args, kwargs = arguments(model, self.batches[batch])
+                return model(*args, **kwargs)
+
+            return run
+
+        sample = arguments(self.model, self.batches[0])
+        self._part(_Stretch("model", layers, self.model, sample, running, whole), f"model-{len(self.results)}")
 
     def _chain(self, chain: Chain, layers: dict[str, nn.Module]) -> None:
         inputs = record(self.model, chain, self.batches)
         if isinstance(inputs, str):  # no chain after all: as loose layers
             self._loose(layers)
-            self._done += len(chain.blocks)
+            self._done += len(chain.blocks) - 1
             return
-        float_hidden = [hidden.clone() for hidden in inputs.hidden] if self._corrects else None
+        float_hidden = [hidden.clone() for hidden in inputs.hidden] if self._corrects else []
         for index, block in enumerate(chain.blocks):
-            inside = {id(module) for module in block.modules()}
-            mine = {name: layer for name, layer in layers.items() if id(layer) in inside}
-            twin = copy.deepcopy(block) if float_hidden is not None else None
-            hidden = inputs.hidden
-
-            def run(batch: int, block: nn.Module = block, index: int = index, hidden: list[Tensor] = hidden) -> Any:
-                return inputs.call(block, index, batch, self._here(hidden[batch]))
-
-            def run_twin(batch: int, twin: nn.Module | None = twin, index: int = index) -> Any:
-                assert twin is not None
-                assert float_hidden is not None
-                return inputs.call(twin, index, batch, self._here(float_hidden[batch]))
-
-            self._part(chain.block_name(index), mine, block, run, None if twin is None else (twin, run_twin))
-            self._done += 1
+            mine = _inside([block], layers)
+            running = self._block_runs(inputs, index, float_hidden)
+            name = chain.block_name(index)
+            twin = self._part(_Stretch(name, mine, block, inputs.arguments(index, 0, inputs.hidden[0]), running), name)
             if index + 1 < len(chain.blocks):
-                self._advance(inputs, run, hidden)
-                if float_hidden is not None:
-                    self._advance(inputs, run_twin, float_hidden)
+                self._advance(running(block, False), inputs.hidden)
+                if twin is not None:
+                    self._advance(running(twin, True), float_hidden)
+
+    def _block_runs(
+        self, inputs: ChainInputs, index: int, float_hidden: list[Tensor]
+    ) -> Callable[[nn.Module, bool], Run]:
+        def running(block: nn.Module, in_float: bool) -> Run:
+            hidden = float_hidden if in_float else inputs.hidden
+
+            def run(batch: int) -> Any:
+                args, kwargs = inputs.arguments(index, batch, self._here(hidden[batch]))
+                return block(*args, **kwargs)
+
+            return run
+
+        return running
 
     @property
     def _corrects(self) -> bool:
@@ -176,118 +208,96 @@ class Walker:
     def _here(self, hidden: Tensor) -> Tensor:
         return hidden if self.keep_on is None else hidden.to(next(self.model.parameters()).device)
 
-    def _advance(self, inputs: ChainInputs, run: Run, hidden: list[Tensor]) -> None:
+    def _advance(self, run: Run, hidden: list[Tensor]) -> None:
         for batch in range(len(hidden)):
             output: Tensor = first_output(run(batch)).detach()
             hidden[batch] = output if self.keep_on is None else output.to(self.keep_on)
 
-    def _part(
-        self,
-        name: str,
-        layers: dict[str, nn.Module],
-        scope: nn.Module,
-        run: Run,
-        twin: tuple[nn.Module, Run] | None,
-    ) -> None:
-        """One part: from the store, or group by group."""
+    def _part(self, stretch: _Stretch, key: str) -> nn.Module | None:
+        """One part, from the store or layer by layer; its float copy, where there is one."""
         started = time.monotonic()
-        key = name if scope is not self.model else f"{name}-{len(self.results)}"
-        stored = self.store.load(key, layers, scope)
+        run = stretch.running(stretch.module, False)
+        scales = self.method.scaling is not None and stretch.whole
+        changed = stretch.module if scales else None
+        twin = copy.deepcopy(stretch.module) if self._corrects and stretch.whole else None
+        stored = self.store.load(key, stretch.layers, changed)
         if stored is None:
-            results = self._groups(layers, run, twin)
-            self.store.save(key, layers, scope, results)
+            groups = input_groups(stretch.layers, run)
+            notes = self._scaled(stretch, groups, run) if scales else {}
+            # the copy as it was feeds the next part, resumed or not; this part's own inputs are the scaled ones
+            beside = copy.deepcopy(stretch.module) if twin is not None and scales else twin
+            results = self._rounded(stretch, groups, run, beside, notes)
+            self.store.save(key, stretch.layers, changed, results)
         else:
-            results = list(stored)
-            for layer in layers.values():
-                self._note_held(layer)
+            results = stored
+            self._rounder.note(stretch.layers.values())
         self.results += results
         seconds = time.monotonic() - started
-        self.told(Part(self._done, self._count, name, tuple(results), seconds, stored is not None))
+        self.told(Part(self._done, self._count, stretch.name, tuple(results), seconds, stored is not None))
+        self._done += 1
+        return twin
 
-    def _groups(self, layers: dict[str, nn.Module], run: Run, twin: tuple[nn.Module, Run] | None) -> list[LayerResult]:
-        groups = input_groups(layers, run)
-        results = [result for group in groups for result in self._group(group, run, twin)]
-        for name, layer in layers.items():
+    def _scaled(self, stretch: _Stretch, groups: Sequence[Group], run: Run) -> dict[str, str]:
+        """Scale the inputs of a part's layers; layer -> what was done."""
+        mine = [group for group in groups if _looks(group)]
+        statistics: dict[str, InputStatistics] = {}
+        for group in mine:
+            found = gather(group, run, len(self.batches), hessian=True, static=False)
+            statistics |= dict.fromkeys(group.layers, found)
+        assert self.method.scaling is not None
+        done = scale_block(
+            stretch.module,
+            [list(group.layers.items()) for group in mine],
+            statistics,
+            stretch.sample,
+            self.method.scaling,
+            model=self.model,
+        )
+        return {name: note.in_short for note in done for name in note.layers}
+
+    def _rounded(
+        self,
+        stretch: _Stretch,
+        groups: Sequence[Group],
+        run: Run,
+        twin: nn.Module | None,
+        notes: Mapping[str, str],
+    ) -> list[LayerResult]:
+        results = []
+        beside = None if twin is None else stretch.running(twin, True)
+        for group in groups:
+            looks, statistics = _looks(group), None
+            if looks or _static(group):
+                pair = None
+                if twin is not None and beside is not None and looks:
+                    pair = (layer_named(twin, next(iter(group.layers))), beside)
+                statistics = gather(group, run, len(self.batches), hessian=looks, twin=pair)
+            for name, layer in group.layers.items():
+                seen = statistics if looks else None
+                results.append(self._rounder.layer(name, layer, seen, notes.get(name, "")))
+        for name, layer in stretch.layers.items():
             if name not in names_of(groups):
-                results.append(self._layer(name, layer, None, "it saw no calibration data"))
+                results.append(self._rounder.layer(name, layer, None, "it saw no calibration data"))
         return results
 
-    def _group(self, group: Group, run: Run, twin: tuple[nn.Module, Run] | None) -> list[LayerResult]:
-        quantizer: LayerQuantizer = getattr(group.first, ATTRIBUTE)
-        looks = quantizer.scheme.is_integer and _multiplies(group.first)
-        statistics = None
-        if looks or quantizer.observer is not None:
-            beside = None if twin is None or not looks else (_same_layer(twin[0], quantizer.layer.name), twin[1])
-            statistics = gather(group, run, len(self.batches), hessian=looks, twin=beside)
-        return [self._layer(name, layer, statistics if looks else None) for name, layer in group.layers.items()]
 
-    # ------------------------------------------------------------------------------------------------------ one layer
-
-    @torch.no_grad()
-    def _layer(self, name: str, layer: nn.Module, statistics: InputStatistics | None, note: str = "") -> LayerResult:
-        quantizer: LayerQuantizer = getattr(layer, ATTRIBUTE)
-        scheme, weight = quantizer.scheme, current_weight(layer)
-        if not scheme.is_integer:
-            quantizer.enter(Phase.FROZEN, weight)
-            return LayerResult(name, str(scheme), "cast")
-        shared = self._held.get(id(weight))
-        if id(weight) in self._parted:
-            quantizer.enter(Phase.FROZEN, weight)
-            return LayerResult(name, str(scheme), "rtn", note="its weight is shared with a layer of another scheme")
-        if shared is not None:
-            hold(layer, shared[1], write=False)
-            return LayerResult(name, str(scheme), self.method.rounding, note=f"the integers of {shared[0]}")
-        rows = quantizer.rows(weight)
-        found = rounded(self.method.rounding, rows, statistics, scheme.weight_format, self.options)
-        errors = self._errors(rows, found, statistics)
-        hold(layer, found)
-        self._note_held(layer)
-        used = "mse" if self.method.rounding == "gptq" and statistics is None else self.method.rounding
-        seen = 0 if statistics is None else statistics.rows
-        return LayerResult(name, str(scheme), used, seen, *errors, note=note)
-
-    def _errors(
-        self, rows: Tensor, found: Quantized, statistics: InputStatistics | None
-    ) -> tuple[float | None, float | None]:
-        if statistics is None or not statistics.rows:
-            return None, None
-        moment, wanted = statistics.second_moment / statistics.rows, rows
-        if self.method.rounding == "gptq":
-            wanted = aim(rows, statistics, self.options.correct)
-        whole = energy(wanted, moment) or 1.0
-        nearest = round_to_nearest(rows, found.scheme)
-        before, after = (float(output_error(wanted, q, moment).sum()) / whole for q in (nearest, found))
-        return before, after
-
-    def _note_held(self, layer: nn.Module) -> None:
-        quantizer: LayerQuantizer = getattr(layer, ATTRIBUTE)
-        weight = current_weight(layer)
-        if quantizer.scheme.is_integer and id(weight) not in self._parted:
-            self._held.setdefault(id(weight), (quantizer.layer.name, quantizer.integers(weight)))
+def _inside(blocks: Sequence[nn.Module], layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    members = {id(module) for block in blocks for module in block.modules()}
+    return {name: layer for name, layer in layers.items() if id(layer) in members}
 
 
-def _scheme(layer: nn.Module) -> Scheme:
+def _quantizer(layer: nn.Module) -> LayerQuantizer:
     quantizer: LayerQuantizer = getattr(layer, ATTRIBUTE)
-    return quantizer.scheme
+    return quantizer
 
 
-def _multiplies(layer: nn.Module) -> bool:
-    weight = current_weight(layer)
-    return not isinstance(layer, nn.Embedding) and weight.dim() == 2
+def _spelled(layer: nn.Module) -> str:
+    return str(_quantizer(layer).scheme)
 
 
-def _same_layer(twin: nn.Module, name: str) -> nn.Module:
-    """The layer of that plan name in a copy of its block."""
-    for module in twin.modules():
-        if hasattr(module, ATTRIBUTE) and getattr(module, ATTRIBUTE).layer.name == name:
-            return module
-    raise PrepareError(f"{name} is not in the copy of its block")
+def _looks(group: Group) -> bool:
+    return _quantizer(group.first).scheme.is_integer and multiplies(group.first)
 
 
-def _parted_by_conversion(layers: dict[str, nn.Module]) -> set[int]:
-    """Ids of weights that layers of different weight formats share."""
-    formats: dict[int, set[object]] = {}
-    for layer in layers.values():
-        quantizer: LayerQuantizer = getattr(layer, ATTRIBUTE)
-        formats.setdefault(id(current_weight(layer)), set()).add(quantizer.scheme.weight_format)
-    return {key for key, found in formats.items() if len(found) > 1}
+def _static(group: Group) -> bool:
+    return any(_quantizer(layer).observer is not None for layer in group.layers.values())

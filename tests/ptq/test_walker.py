@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qat_plugin import Policy, convert, prepare, proof_of
 from qat_plugin.errors import CheckpointError, ConfigError, DataError
 from qat_plugin.numerics import quantize
-from qat_plugin.ptq import GptqOptions, InputStatistics, calibrate, calibration_of, gptq
+from qat_plugin.ptq import METHODS, GptqOptions, InputStatistics, calibrate, calibration_of, gptq
 from qat_plugin.ptq.chains import find_chains
 from qat_plugin.qat import Phase, get_phase, quantizers, set_phase
 from qat_plugin.scheme import Scheme
@@ -54,7 +54,7 @@ def subject(request: pytest.FixtureRequest) -> tuple[nn.Module, list[Any]]:
     return build().eval(), batches()
 
 
-@pytest.mark.parametrize("method", ["rtn", "mse", "hqq", "gptq"])
+@pytest.mark.parametrize("method", METHODS)
 def test_every_family_is_calibrated_converted_and_proven(subject: tuple[nn.Module, list[Any]], method: str) -> None:
     model, batches = subject
     calibrate(model, "w4a16-g32-asym", batches, method=method, **QUIET)
@@ -236,8 +236,8 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("after", [1, 2])
-def test_a_killed_run_goes_on_to_identical_integers(tmp_path: Path, after: int) -> None:
+@pytest.mark.parametrize(("after", "method"), [(1, "gptq"), (2, "gptq"), (2, "awq-gptq")])
+def test_a_killed_run_goes_on_to_identical_integers(tmp_path: Path, after: int, method: str) -> None:
     def fresh() -> nn.Module:
         torch.manual_seed(0)
         return models.llama()
@@ -246,7 +246,7 @@ def test_a_killed_run_goes_on_to_identical_integers(tmp_path: Path, after: int) 
         if done == after:
             raise Killed
 
-    options: dict[str, Any] = {"method": "gptq"}
+    options: dict[str, Any] = {"method": method}
     policy = Policy({"embedding": "w8a16", "default": "w4a16-g32-asym"})
     whole = calibrate(fresh(), policy, texts(), **options, **QUIET)
     with pytest.raises(Killed):
