@@ -31,8 +31,9 @@ QUICK = (
     "measure.latency_rounds=1", "measure.latency_tokens=[1,3]",
 )  # fmt: skip
 LARGE = ("qlora_7b", "qlora_70b_one_gpu", "qlora_70b_48gb")
-TRAINED = {"ptq_tiny": "PTQ", "qlora_tiny": "merged, w4a16-g32", "qat_lora_tiny": "QAT + LoRA"}
+TRAINED = {"qlora_tiny": "merged, w4a16-g32", "qat_lora_tiny": "QAT + LoRA"}
 RECIPES = sorted(path.stem for path in recipes_folder().glob("*.yaml"))
+TRAINED |= {name: "PTQ" for name in RECIPES if name.startswith("ptq")}
 
 
 pytestmark = pytest.mark.usefixtures("alone")
