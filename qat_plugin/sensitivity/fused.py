@@ -56,8 +56,8 @@ def fused_groups(found: Sequence[Candidate], *, groups: Grouping = "fused") -> l
     first: dict[object, int] = {}
     for index, candidate in enumerate(found):
         keys: list[object] = [id(candidate.module._parameters.get("weight"))]
-        if groups == "fused" and (key := _place(candidate)) is not None:
-            keys.append(key)
+        if groups == "fused" and (place := _place(candidate)) is not None:
+            keys.append(place)
         for key in keys:
             other = root(first.setdefault(key, index))
             mine = root(index)

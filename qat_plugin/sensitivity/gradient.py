@@ -1,11 +1,11 @@
 """The damage of every layer in every scheme from one backward pass a batch: a second-order estimate.
 
-For a model that predicts p, moving its weights by d costs KL(p || p') = 1/2 d^T F d + O(d^3) with the Fisher information
-F, the expected outer product of the gradient of -log p(y), y drawn from p. Rounding errors are all but independent of
-each other, so that the diagonal of F stands for it: 1/2 sum F_ii (w_i - q_i)^2 (SqueezeLLM, arXiv:2306.07629, equation
-2; HAWQ-V2, arXiv:1911.03852, ranks by the Hessian's trace in the same place). INT8 activations are counted in the
-same way, with the gradient at the layer's input. It is an estimate: use it to rank where the exact figures cost too
-much.
+For a model that predicts p, moving its weights by d costs KL(p || p') = 1/2 d^T F d + O(d^3) with the Fisher
+information F, the expected outer product of the gradient of -log p(y), y drawn from p. Rounding errors are all but
+independent of each other, so that the diagonal of F stands for it: 1/2 sum F_ii (w_i - q_i)^2 (as SqueezeLLM weighs
+them, arXiv:2306.07629; HAWQ-V2, arXiv:1911.03852, has the Hessian's trace in the same place). INT8 activations are
+counted in the same way, with the gradient at the layer's input. It is an estimate: use it where the exact figures cost
+too much.
 """
 
 from __future__ import annotations

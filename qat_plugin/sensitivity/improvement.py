@@ -84,15 +84,12 @@ class Search:
             allowed: whether an assignment, which it measures, is good enough.
         """
         best = start
-        improved = True
-        while improved and not self.spent:
-            improved = False
-            for cheaper in self._savings(best):
-                if self.spent:
-                    break
-                if allowed(cheaper):
-                    best, improved = cheaper, True
-                    break
+        left = self._savings(best)
+        while left and not self.spent:
+            cheaper = left.pop(0)
+            if allowed(cheaper):
+                best = cheaper
+                left = self._savings(best)
         return best
 
     def _steps(self, around: Assignment) -> dict[tuple[int, int], float]:

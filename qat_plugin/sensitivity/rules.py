@@ -16,8 +16,8 @@ from qat_plugin.sensitivity.options import exactly
 def policy_from(model: nn.Module, plan: Plan, schemes: Mapping[str, Scheme | None]) -> Policy:
     """The policy that gives each layer its scheme and keeps all others.
 
-    Layers that differ only by indices in their names and take one scheme share a rule (``model.layers.*.mlp.down_proj``);
-    others have one each, on the exact name.
+    Layers that differ only by indices in their names and take one scheme share a rule
+    (``model.layers.*.mlp.down_proj``); others have one each, on the exact name.
 
     Args:
         model: the model.
