@@ -93,8 +93,8 @@ def bounds(config: Config, choices: Choices) -> str:
     ]
     target = f"budget={config.budget} can be met; " if config.budget is not None else ""
     lines.append(
-        f"{target}{len(choices.groups)} groups, {ledger.weights:,} weights; beside them {human_bytes(ledger.fixed)} stay "
-        "in the file. Find the policy: task=ptq or task=fit; see the figures behind it: task=sensitivity"
+        f"{target}{len(choices.groups)} groups, {ledger.weights:,} weights; {human_bytes(ledger.fixed)} of "
+        "the file are other. Find the policy: task=ptq or task=fit; see the figures behind it: task=sensitivity"
     )
     return "\n".join(lines)
 

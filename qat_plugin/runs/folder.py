@@ -37,7 +37,8 @@ CONVERTED: Final = "converted"
 ADAPTER: Final = "adapter"
 MERGED: Final = "merged"
 _ARTIFACTS: Final = (
-    "recipe.yaml", "policy.yaml", "sensitivity.*", "report.json", "report.md", "adapter/*", "merged/*", "converted/*", "checkpoints/*/*",
+    "recipe.yaml", "policy.yaml", "sensitivity.*", "report.json", "report.md",
+    "adapter/*", "merged/*", "converted/*", "checkpoints/*/*",
 )  # fmt: skip
 _DIFFERENCES_SHOWN: Final = 5
 

@@ -44,7 +44,8 @@ MISTAKE: Final = 2
 _REPORT: Final = "report.json"
 _NOTHING: Final = "nothing quantized"
 _PRODUCTS: Final = {
-    "report.md": "report", POLICY: "policy", "sensitivity.md": "sensitivity", ADAPTER: "adapter", MERGED: "merged model", CONVERTED: "converted model",
+    "report.md": "report", POLICY: "policy", "sensitivity.md": "sensitivity", ADAPTER: "adapter",
+    MERGED: "merged model", CONVERTED: "converted model",
 }  # fmt: skip
 
 

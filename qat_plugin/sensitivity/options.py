@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -15,6 +14,7 @@ from qat_plugin.policy import Candidate, LayerPlan, Plan, Policy, Rule, candidat
 from qat_plugin.scheme import Scheme
 from qat_plugin.sensitivity.cost import Ledger, layer_bytes, ledger_of
 from qat_plugin.sensitivity.fused import Grouping, fused_groups, group_name
+from qat_plugin.sensitivity.rules import exactly
 
 CANDIDATES: Final[tuple[str, ...]] = (
     "w8a16", "w4a16-g16-asym", "w4a16-g32-asym", "w4a16-g64-asym", "w3a16-g16-asym", "w3a16-g32-asym", "w2a16-g16-asym",
@@ -124,18 +124,13 @@ def choices_of(
     if not mine:
         raise PolicyError(f"{type(model).__name__} has no layer to choose a scheme for: all are kept")
     made = tuple(_group(members, plans, KEEP in schemes) for members in fused_groups(mine, groups=groups))
-    return Choices(made, plans, ledger_of(model, taking_part, plans.values()))
+    return Choices(made, plans, ledger_of(model, taking_part, list(plans.values())))
 
 
 def nearest_divisor(number: int, wanted: int) -> int:
     """The divisor of ``number`` whose ratio to ``wanted`` is nearest to one; of two, the smaller."""
     divisors = [d for d in range(1, number + 1) if number % d == 0]
     return min(divisors, key=lambda d: (abs(math.log(d / wanted)), d))
-
-
-def exactly(name: str) -> str:
-    """A policy's pattern that matches the layer of this name and no other."""
-    return f"re:{re.escape(name)}$"
 
 
 def _uniform(

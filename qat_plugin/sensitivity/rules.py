@@ -10,7 +10,11 @@ from torch import nn
 from qat_plugin.errors import PolicyError
 from qat_plugin.policy import Candidate, Plan, Policy, Rule, candidates
 from qat_plugin.scheme import Scheme
-from qat_plugin.sensitivity.options import exactly
+
+
+def exactly(name: str) -> str:
+    """A policy's pattern that matches the layer of this name and no other."""
+    return f"re:{re.escape(name)}$"
 
 
 def policy_from(model: nn.Module, plan: Plan, schemes: Mapping[str, Scheme | None]) -> Policy:
