@@ -57,6 +57,7 @@ class AutoConfig:
         metadata=help_text("schemes to rank and to choose from; keep leaves a layer in float"),
     )  # fmt: skip
     method: str = option("kl", "kl: measure each layer in each scheme; gradient: estimate all in one pass")
+    quantize: str | None = option(None, "how weights become integers while measuring; null for ptq.method")
     groups: str = option("fused", "fused: query, key and value (gate and up) take one scheme; layers: each its own")
     embeddings: bool = option(False, "let embeddings and output heads take part")
     measurements: int = option(96, "whole policies that are measured at most")

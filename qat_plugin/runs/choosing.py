@@ -103,7 +103,9 @@ def rank(config: Config, subject: Subject, folder: RunFolder) -> None:
     """Rank every layer in every candidate and write the files."""
     with _measurable(config, subject) as (network, batches):
         choices = choices_of(network, config.policy.auto.candidates, **_options(config))
-        measure = Measure(network, batches, plans=choices.plans.values(), quantize=config.ptq.method)
+        measure = Measure(
+            network, batches, plans=choices.plans.values(), quantize=config.policy.auto.quantize or config.ptq.method
+        )
         figures = _Figures(folder.path / _FIGURES)
         sensitivity = ranked(
             measure, choices, method=config.policy.auto.method, known=figures.known, on_entry=figures.add,  # type: ignore[arg-type]
@@ -127,7 +129,7 @@ def chosen_policy(config: Config, subject: Subject, folder: RunFolder) -> Policy
             max_drop=config.max_drop,
             candidates=auto.candidates,
             method=auto.method,  # type: ignore[arg-type]
-            quantize=config.ptq.method,
+            quantize=auto.quantize or config.ptq.method,
             measurements=auto.measurements,
             known=figures.known,
             on_entry=figures.add,

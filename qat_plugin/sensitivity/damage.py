@@ -213,25 +213,28 @@ class Measure:
         """Find the integers of every layer of a plan, and check that nothing else was changed."""
         mine = {layer.name for layer in plan.quantized}
         own = {id(current_weight(module)) for _, module in _by_name(self.model, mine)}
+        stands_alone = True
         others = {n: p.detach().clone() for n, p in self.model.named_parameters() if id(p) not in own}
         with self._restoring(plan.quantized):
             calibrate(self.model, plan, self.batches, method=self.quantize, progress=False)
             try:
                 modules = prepared_layers(self.model)
                 for name, quantizer in quantizers(self.model).items():
+                    stands_alone &= getattr(quantizer, "input_scale", None) is None
                     if quantizer.scheme.is_integer:
                         integers = quantizer.integers(current_weight(modules[name]).detach())
                         self._integers[name, quantizer.scheme] = integers
             finally:
                 unprepare(self.model)
         changed = [n for n, p in self.model.named_parameters() if n in others and not torch.equal(p, others[n])]
-        if changed:
+        if changed or not stands_alone:
             with torch.no_grad():
                 for name, parameter in self.model.named_parameters():
                     if name in others:
                         parameter.copy_(others[name])
+            what = changed[0] if changed else "what a layer's input is divided by"
             raise ConfigError(
-                f"quantize={self.quantize!r} changes more than the layers that it quantizes ({changed[0]}), so that "
+                f"quantize={self.quantize!r} changes more than the layers that it quantizes ({what}), so that "
                 "layers cannot be measured one at a time: choose the policy with quantize='rtn', and calibrate it so"
             )
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from qat_plugin.sensitivity.options import Group
+from qat_plugin.sensitivity.solver import front
 
 Assignment = tuple[int, ...]
 """Index of the option that each group takes."""
@@ -70,7 +71,10 @@ class Search:
         best = start
         self.damage(best)
         while not self.spent:
-            better = self._exchanged(best, self._steps(best), budget)
+            steps = self._steps(best)
+            solved = self._solved(best, steps, budget)
+            better = solved if not self.spent and self.damage(solved) < self.damage(best) else best
+            better = better if better != best else self._exchanged(best, steps, budget)
             if better == best:
                 return best
             best = better
@@ -93,10 +97,14 @@ class Search:
         return best
 
     def _steps(self, around: Assignment) -> dict[tuple[int, int], float]:
-        """(group, option) -> change of the damage, of options one step away; measured while measurements last."""
+        """(group, option) -> change of the damage; measured one step away while measurements last, else estimated."""
         base = self.damage(around)
         ratio = base / total if (total := self.predicted(around)) > 0 else 1.0
         found: dict[tuple[int, int], float] = {}
+        for group, single in enumerate(self.single):
+            for option in self._useful(group):
+                if option != around[group]:
+                    found[group, option] = ratio * (single[option] - single[around[group]])
         wanted = [
             (group, option) for group in range(len(self.groups)) for option in self._neighbours(group, around[group])
         ]
@@ -105,9 +113,20 @@ class Search:
             there = _with(around, group, option)
             if there in self._known or self.made < self.measurements // 2 + self.measurements // 4:
                 found[group, option] = self.damage(there) - base
-            else:
-                found[group, option] = ratio * (self.single[group][option] - self.single[group][around[group]])
         return found
+
+    def _solved(self, around: Assignment, steps: dict[tuple[int, int], float], budget: int) -> Assignment:
+        """What the solver makes of the damages as they are in the midst of the others."""
+        values = []
+        for group, options in enumerate(self.groups):
+            here, never = around[group], float("inf")
+            change = [
+                steps.get((group, option), never) if option != here else 0.0 for option in range(len(options.options))
+            ]
+            values.append([(option.bytes, damage) for option, damage in zip(options.options, change, strict=True)])
+        solutions = front(values)
+        index = solutions.within(budget)
+        return around if index is None else tuple(solutions.choice(index))
 
     def _promise(self, step: tuple[int, int], around: Assignment) -> float:
         """Change of the damage for each byte that a step changes: the steepest gains and the mildest losses first."""
@@ -118,10 +137,13 @@ class Search:
 
     def _neighbours(self, group: int, option: int) -> list[int]:
         """The next useful options below and above in bytes: those that no cheaper one betters."""
-        damages, options = self.single[group], self.groups[group].options
-        useful = [i for i in range(len(options)) if all(damages[i] < damages[j] for j in range(i))]
+        useful = self._useful(group)
         below, above = [i for i in useful if i < option], [i for i in useful if i > option]
         return [*below[-1:], *above[:1]]
+
+    def _useful(self, group: int) -> list[int]:
+        damages = self.single[group]
+        return [i for i in range(len(damages)) if all(damages[i] < damages[j] for j in range(i))]
 
     def _exchanged(self, best: Assignment, steps: dict[tuple[int, int], float], budget: int) -> Assignment:
         """Take steps and pairs of steps that promise most, each if it measures better."""

@@ -143,7 +143,7 @@ def _uniform(
     for candidate in found:
         ends = [role for role in ("embedding", "head") if role in candidate.roles]
         kept = any(pattern.matches(candidate) for pattern in patterns) or (ends and not embeddings)
-        if kept or candidate.blocked or candidate.kind in ("norm", "unsupported"):
+        if kept or candidate.blocked or candidate.kind not in ("linear", "conv1d", "embedding"):
             continue
         columns = candidate.out_in[1]
         if scheme.group_size is not None and columns % scheme.group_size:
