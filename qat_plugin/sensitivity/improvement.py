@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from qat_plugin.sensitivity.options import Group
 from qat_plugin.sensitivity.solver import front
+
+_HOPE: Final = 0.1
+"""A move that promises to be worse by less than this share of the damage is tried, after all that promise more."""
 
 Assignment = tuple[int, ...]
 """Index of the option that each group takes."""
@@ -120,9 +124,7 @@ class Search:
         values = []
         for group, options in enumerate(self.groups):
             here, never = around[group], float("inf")
-            change = [
-                steps.get((group, option), never) if option != here else 0.0 for option in range(len(options.options))
-            ]
+            change = [0.0 if i == here else steps.get((group, i), never) for i in range(len(options.options))]
             values.append([(option.bytes, damage) for option, damage in zip(options.options, change, strict=True)])
         solutions = front(values)
         index = solutions.within(budget)
@@ -155,7 +157,7 @@ class Search:
             for second, second_change in listed[i + 1 :]
             if first[0] != second[0]
         ]
-        moves = sorted(move for move in moves if move[0] < 0)
+        moves = sorted(move for move in moves if move[0] < _HOPE * self.damage(best))
         moved: set[int] = set()
         for _, parts in moves:
             if self.spent:

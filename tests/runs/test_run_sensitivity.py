@@ -96,7 +96,9 @@ def test_a_policy_is_found_and_is_an_ordinary_one_from_then_on(qat: Qat, mine: t
     assert rows["converted"].metrics.kl == pytest.approx(rows["PTQ"].metrics.kl, rel=1e-4)
     assert spent in done.out
     assert figures("here")["policy"]["target"] == spent
-    again = qat(*mine, "policy=free", f"policy.rules={json.dumps(policy['rules'])}", "task=ptq", "run.dir=ordinary")
+    recipe = Path("recipes/mlp.yaml").read_text().replace("/policy: int4", "/policy: free")
+    Path("recipes/found.yaml").write_text(f"{recipe}{yaml.safe_dump({'policy': policy})}")
+    again = qat(*mine[:2], "recipe=found", mine[3], "task=ptq", "run.dir=ordinary")
     assert again.code == 0, again.err
     assert Path("ordinary/converted/model.safetensors").stat().st_size == file_bytes("here/converted/model.safetensors")
 
