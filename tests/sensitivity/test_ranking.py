@@ -164,6 +164,20 @@ def test_every_method_of_calibration_measures_or_says_why_not(language_model: nn
     assert_untouched(language_model, before)
 
 
+@pytest.mark.parametrize("subject", ["classifier", "language_model"])
+def test_integers_found_by_calibration_stand_in_for_rounding(subject: str, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(subject)
+    before = snapshot(model)
+    plan = choices_of(model, ["w4a16-g16-asym"]).plans["w4a16-g16-asym"]
+    measure = Measure(model, images(2) if subject == "classifier" else text(2))
+    rounded = measure.of(plan.quantized), measure.of(plan.quantized[1:2])
+    measure._calibrate(plan)  # what is done for every method but rounding to nearest
+    assert all(measure.numbers(layer) is not None for layer in plan.quantized)
+    held = measure.of(plan.quantized), measure.of(plan.quantized[1:2])
+    assert held == rounded
+    assert_untouched(model, before)
+
+
 def test_saved_and_read_back(classifier: nn.Module) -> None:
     found = rank_layers(classifier, images(1), SCHEMES, progress=False)
     assert Sensitivity.from_dict(found.to_dict()) == found
