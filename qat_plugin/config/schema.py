@@ -51,8 +51,8 @@ class AutoConfig:
     enabled: bool = option(False, "choose the policy; set by policy=auto")
     candidates: list[str] = field(
         default_factory=lambda: [
-            "w8a16", "w4a16-g16-asym", "w4a16-g32-asym", "w4a16-g64-asym", "w3a16-g16-asym", "w3a16-g32-asym",
-            "w2a16-g16-asym",
+            "w8a16", "w4a16-g16-asym", "w4a16-g16", "w4a16-g32-asym", "w4a16-g32", "w4a16-g64-asym", "w4a16-g64",
+            "w3a16-g32-asym", "w3a16-g64-asym", "w2a16-g16-asym",
         ],
         metadata=help_text("schemes to rank and to choose from; keep leaves a layer in float"),
     )  # fmt: skip

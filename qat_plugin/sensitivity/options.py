@@ -17,9 +17,10 @@ from qat_plugin.sensitivity.fused import Grouping, fused_groups, group_name
 from qat_plugin.sensitivity.rules import exactly
 
 CANDIDATES: Final[tuple[str, ...]] = (
-    "w8a16", "w4a16-g16-asym", "w4a16-g32-asym", "w4a16-g64-asym", "w3a16-g16-asym", "w3a16-g32-asym", "w2a16-g16-asym",
+    "w8a16", "w4a16-g16-asym", "w4a16-g16", "w4a16-g32-asym", "w4a16-g32", "w4a16-g64-asym", "w4a16-g64",
+    "w3a16-g32-asym", "w3a16-g64-asym", "w2a16-g16-asym",
 )  # fmt: skip
-"""Schemes to choose from where none are given: weights only, from 8.1 to 3.5 bits with all that they take."""
+"""Schemes to choose from where none are given: weights only, from about 8 to 3.4 bits with all that they take."""
 
 KEEP: Final = "keep"
 """The candidate that leaves a layer as it is."""
