@@ -5,8 +5,8 @@ information F, the expected outer product of the gradient of -log p(y), y drawn 
 independent of each other, so that the diagonal of F stands for it: 1/2 sum F_ii (w_i - q_i)^2 (as SqueezeLLM weighs
 them, arXiv:2306.07629; HAWQ-V2, arXiv:1911.03852, has the Hessian's trace in the same place). INT8 activations are
 counted in the same way, with the gradient at the layer's input. Errors that GPTQ made depend on each other, so that
-they cancel: the estimate is then too large, and measuring (``method="kl"``) is better. It is an estimate: use it where the exact figures cost
-too much.
+they cancel: the estimate is then too large, and measuring (``method="kl"``) is better. It is an estimate:
+use it where the exact figures cost too much.
 """
 
 from __future__ import annotations
