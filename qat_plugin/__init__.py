@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qat_plugin.qat import Phase, calibrating, capture_inputs
     from qat_plugin.qat.prepare import prepare, set_phase, unprepare
     from qat_plugin.scheme import Scheme
+    from qat_plugin.sensitivity import auto_policy, rank_layers
 
 _WHERE = {
     "ExactResume": "callbacks",
@@ -51,6 +52,8 @@ _WHERE = {
     "set_phase": "qat",
     "unprepare": "qat",
     "Scheme": "scheme",
+    "auto_policy": "sensitivity",
+    "rank_layers": "sensitivity",
 }
 
 __all__ = [
@@ -65,6 +68,7 @@ __all__ = [
     "QuantizationAwareTraining",
     "Scheme",
     "__version__",
+    "auto_policy",
     "calibrate",
     "calibrating",
     "capture_inputs",
@@ -74,6 +78,7 @@ __all__ = [
     "load_converted",
     "prepare",
     "proof_of",
+    "rank_layers",
     "save_converted",
     "set_phase",
     "unprepare",

@@ -17,7 +17,7 @@ from qat_plugin.config.fields import absolute, check_above, check_at_least, chec
 from qat_plugin.errors import ConfigError
 from qat_plugin.observers.spelling import DEFAULT_FOR_CALIBRATION, DEFAULT_FOR_TRAINING, KINDS, ObserverSpec
 
-TASKS: Final = ("fit", "ptq", "merge", "plan", "evaluate", "doctor")
+TASKS: Final = ("fit", "ptq", "sensitivity", "merge", "plan", "evaluate", "doctor")
 STAGES: Final = (
     "float", "ptq", "fine-tuned", "fine-tuned-ptq", "qat", "base", "qlora", "merged", "converted", "reloaded",
     "latency",
@@ -32,7 +32,7 @@ _METHODS: Final = ", ".join(PTQ_METHODS)
 class TaskConfig:
     """What to do."""
 
-    name: str = option("fit", "fit, ptq, merge, plan, evaluate or doctor; written task=NAME")
+    name: str = option("fit", "fit, ptq, sensitivity, merge, plan, evaluate or doctor; written task=NAME")
     stages: list[str] = field(default_factory=list, metadata=help_text("rungs of the ladder: " + ", ".join(STAGES)))
 
     def __post_init__(self) -> None:
@@ -49,6 +49,34 @@ class TaskConfig:
 
 
 @dataclass
+class AutoConfig:
+    """Choosing schemes by measuring: policy=auto with budget= or max_drop=, and task=sensitivity."""
+
+    enabled: bool = option(False, "choose the policy; set by policy=auto")
+    candidates: list[str] = field(
+        default_factory=lambda: [
+            "w8a16", "w4a16-g16-asym", "w4a16-g16", "w4a16-g32-asym", "w4a16-g32", "w4a16-g64-asym", "w4a16-g64",
+            "w3a16-g32-asym", "w3a16-g64-asym", "w2a16-g16-asym",
+        ],
+        metadata=help_text("schemes to rank and to choose from; keep leaves a layer in float"),
+    )  # fmt: skip
+    method: str = option("kl", "kl: measure each layer in each scheme; gradient: estimate all in one pass")
+    quantize: str | None = option(None, "how weights become integers while measuring; null for ptq.method")
+    groups: str = option("fused", "fused: query, key and value (gate and up) take one scheme; layers: each its own")
+    embeddings: bool = option(False, "let embeddings and output heads take part")
+    measurements: int = option(96, "whole policies that are measured at most")
+    calibration_batches: int = option(8, "training batches to measure on")
+
+    def __post_init__(self) -> None:
+        check_choice("policy.auto.method", self.method, ("kl", "gradient"))
+        check_choice("policy.auto.groups", self.groups, ("fused", "layers"))
+        check_at_least("policy.auto.measurements", self.measurements, 1)
+        check_at_least("policy.auto.calibration_batches", self.calibration_batches, 1)
+        if not self.candidates:
+            raise ConfigError("policy.auto.candidates is empty: give the schemes to choose from")
+
+
+@dataclass
 class PolicyConfig:
     """Which layer gets which scheme."""
 
@@ -61,9 +89,14 @@ class PolicyConfig:
         default_factory=list, metadata=help_text("roles or patterns of layers that stay as they are")
     )
     indivisible: str = option("divisor", "when a group size does not divide: divisor (largest below), keep or error")
+    auto: AutoConfig = field(default_factory=AutoConfig, metadata=help_text("choosing schemes by measuring"))
 
     def __post_init__(self) -> None:
         check_choice("policy.indivisible", self.indivisible, ("divisor", "keep", "error"))
+        if self.auto.enabled and (self.rules or self.default is not None):
+            raise ConfigError(
+                "policy=auto finds the rules itself: leave policy.rules and policy.default out (policy.keep stays)"
+            )
 
 
 @dataclass
@@ -265,6 +298,13 @@ class Config:
     name: str | None = option(None, "name of the run in reports; null for the recipe's")
     task: TaskConfig = field(default_factory=TaskConfig, metadata=help_text("what to do"))
     policy: PolicyConfig = field(default_factory=PolicyConfig, metadata=help_text("which layer gets which scheme"))
+    budget: Any = field(
+        default=None,
+        metadata=help_text("policy=auto: 40% of the float file, 4.6bpw of the layers chosen for, or 25MB in all"),
+    )
+    max_drop: Any = field(
+        default=None, metadata=help_text("policy=auto, in place of budget: KL in nats (0.02), or perplexity (1%)")
+    )
     qat: QatConfig = field(default_factory=QatConfig, metadata=help_text("quantization-aware training"))
     distill: DistillConfig = field(default_factory=DistillConfig, metadata=help_text("learning from the float model"))
     lora: LoraSection = field(default_factory=LoraSection, metadata=help_text("adapters on a frozen base"))
@@ -278,6 +318,13 @@ class Config:
     measure: MeasureConfig = field(default_factory=MeasureConfig, metadata=help_text("what is measured at the end"))
     run: RunConfig = field(default_factory=RunConfig, metadata=help_text("the run's folder"))
     verbose: bool = option(False, "show Lightning's and transformers' own messages")
+
+    def __post_init__(self) -> None:
+        given = [key for key in ("budget", "max_drop") if getattr(self, key) is not None]
+        if given and not self.policy.auto.enabled:
+            raise ConfigError(f"{given[0]}={getattr(self, given[0])} is for policy=auto, which spends it")
+        if len(given) == 2:
+            raise ConfigError("budget and max_drop exclude each other: give one")
 
 
 def keys_with_help(section: type = Config, prefix: str = "") -> Iterator[tuple[str, str, str]]:

@@ -28,6 +28,8 @@ Examples
   qat recipe=qat_int4_llama model.path=DIR data.train=FILE data.valid=FILE
   qat -m recipe=ptq_tiny policy=int8,int4,mixed           sweep
   qat --config-dir mine recipe=my70b                      your own recipes, in the folder mine/
+  qat recipe=ptq_tiny policy=auto budget=4.6bpw           schemes chosen by measuring (or budget=40%, 25MB)
+  qat recipe=qat_int4_tiny task=sensitivity               which layers suffer from which scheme
   qat task=plan recipe=qlora_70b_one_gpu plan.gpu_gib=48  will it fit, and what to change if not
   qat task=merge run=DIR                                  fold a run's adapter into its base
   qat resume=DIR                                          go on with a run that was stopped

@@ -69,7 +69,8 @@ def _lines(description: str, total: int | None) -> Callable[[int], None]:
         if now >= next_line:
             next_line = now + _LINE_EVERY_S
             share = f"{done}/{total} ({100 * done // total}%)" if total else f"{done}"
-            print(f"{description}: {share} after {now - started:.0f} s", file=sys.stderr, flush=True)
+            left = f", about {(now - started) * (total - done) / done:.0f} s left" if total and 0 < done < total else ""
+            print(f"{description}: {share} after {now - started:.0f} s{left}", file=sys.stderr, flush=True)
 
     return advance
 

@@ -11,6 +11,8 @@
         merged/          the base with the adapter folded in, a transformers directory
         converted/       model.safetensors and plan.json
         report.json  report.md
+        policy.yaml      of policy=auto: the policy it found, as the section policy of a recipe
+        sensitivity.md  sensitivity.json  sensitivity.png  sensitivity.jsonl (figure by figure)
         curves/          of trainer.logger=csv or tensorboard
 """
 
@@ -35,7 +37,8 @@ CONVERTED: Final = "converted"
 ADAPTER: Final = "adapter"
 MERGED: Final = "merged"
 _ARTIFACTS: Final = (
-    "recipe.yaml", "report.json", "report.md", "adapter/*", "merged/*", "converted/*", "checkpoints/*/*",
+    "recipe.yaml", "policy.yaml", "sensitivity.*", "report.json", "report.md",
+    "adapter/*", "merged/*", "converted/*", "checkpoints/*/*",
 )  # fmt: skip
 _DIFFERENCES_SHOWN: Final = 5
 

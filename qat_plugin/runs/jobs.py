@@ -15,7 +15,7 @@ from qat_plugin import qlora
 from qat_plugin import report as reporting
 from qat_plugin.config.catalogue import recipes
 from qat_plugin.config.launch import Job
-from qat_plugin.config.schema import Config, PolicyConfig
+from qat_plugin.config.schema import Config
 from qat_plugin.config.typed import option_of
 from qat_plugin.conversion import load_converted
 from qat_plugin.errors import ConfigError, QatError
@@ -25,6 +25,7 @@ from qat_plugin.qlora.extra import check_extra
 from qat_plugin.report import Report, Row
 from qat_plugin.runs.adapter_ladder import AdapterLadder, adapt
 from qat_plugin.runs.base_policy import policy_of, trains_adapters
+from qat_plugin.runs.choosing import POLICY, bounds, choices_in, chosen_policy, rank
 from qat_plugin.runs.custom import custom_subject
 from qat_plugin.runs.doctor import examination
 from qat_plugin.runs.folder import ADAPTER, CONVERTED, MERGED, RunFolder, open_folder
@@ -43,7 +44,8 @@ MISTAKE: Final = 2
 _REPORT: Final = "report.json"
 _NOTHING: Final = "nothing quantized"
 _PRODUCTS: Final = {
-    "report.md": "report", ADAPTER: "adapter", MERGED: "merged model", CONVERTED: "converted model",
+    "report.md": "report", POLICY: "policy", "sensitivity.md": "sensitivity", ADAPTER: "adapter",
+    MERGED: "merged model", CONVERTED: "converted model",
 }  # fmt: skip
 
 
@@ -93,6 +95,9 @@ def _plan(job: Job, given: Sequence[str]) -> int:
     if config.plan.shape is not None:
         shape = planned_shape(config)
         print(f"planned for the shape {shape}\n" if shape else f"planned for {config.model.path}, not plan.shape\n")
+    if config.policy.auto.enabled:
+        print(bounds(config, choices_in(config, skeleton_of(config, job.allow))))
+        return 0
     print(plan)
     if option_of(config, "model") == "custom":
         return 0
@@ -168,13 +173,14 @@ def climb(job: Job, command: str) -> int:
             print(f"qat: {where}. Go on with: {folder.resume_command}", file=sys.stderr)
             return EXIT_CODE
         folder.finish()
-        reporting.print_report(report)
+        if report is not None:
+            reporting.print_report(report)
         made = [f"{what}: {folder.shown}/{name}" for name, what in _PRODUCTS.items() if (folder.path / name).exists()]
         say("\n" + "   ".join(made))
     return 0
 
 
-def _climbed(job: Job, plan: Plan, folder: RunFolder, interruptions: Interruptions) -> Report:
+def _climbed(job: Job, plan: Plan, folder: RunFolder, interruptions: Interruptions) -> Report | None:
     config, record = job.config, folder.record
     subject = subject_of(job)
     if record.data_fingerprint and record.data_fingerprint != subject.fingerprint:
@@ -186,7 +192,14 @@ def _climbed(job: Job, plan: Plan, folder: RunFolder, interruptions: Interruptio
     if option_of(config, "model") != "custom" and (warning := beyond_positions(config, skeleton_of(config, job.allow))):
         say(warning)
     adapters = trains_adapters(config)
-    agreed = plan if adapters else policy_of(config.policy).plan(network_of(subject.build()))
+    if config.task.name == "sensitivity":
+        rank(config, subject, folder)
+        return None
+    if not adapters:
+        auto = config.policy.auto.enabled
+        policy = chosen_policy(config, subject, folder) if auto else policy_of(config.policy)
+        plan = policy.plan(network_of(subject.build()))
+    agreed = plan
     say(f"{agreed.summary()}\n")
     earlier = folder.path / _REPORT
     report = reporting.read_report(earlier) if folder.continued and earlier.is_file() else _begun(job, folder, agreed)
@@ -205,12 +218,17 @@ def _begun(job: Job, folder: RunFolder, agreed: Plan) -> Report:
 
 
 def _title(config: Config) -> str:
-    policy = _policy_in_short(config.policy)
+    policy = _policy_in_short(config)
     adapters = trains_adapters(config) and config.task.name == "fit"
     done = f"adapters on {policy or 'a float base'}" if adapters else f"{config.task.name}, {policy or _NOTHING}"
     return f"{config.name or 'a model'}: {done}"
 
 
-def _policy_in_short(policy: PolicyConfig) -> str:
+def _policy_in_short(config: Config) -> str:
+    policy = config.policy
+    if config.task.name == "sensitivity":
+        return ", ".join(policy.auto.candidates)
+    if policy.auto.enabled:
+        return f"auto, budget={config.budget}" if config.budget is not None else f"auto, max_drop={config.max_drop}"
     rules = [f"{pattern} {scheme or 'kept'}" for pattern, scheme in policy.rules.items()]
     return ", ".join([*rules, *([policy.default] if policy.default else [])])

@@ -19,6 +19,7 @@ from qat_plugin.qlora.adapters import AdapterOptions, target_layers
 from qat_plugin.qlora.extra import check_extra
 from qat_plugin.qlora.prepare import base_plan
 from qat_plugin.runs.base_policy import base_policy, check_scheme, policy_of, trains_adapters
+from qat_plugin.runs.choosing import choices_in
 from qat_plugin.runs.skeleton import skeleton_of
 from qat_plugin.runs.training import accelerator_of
 from qat_plugin.scheme import Scheme
@@ -26,6 +27,8 @@ from qat_plugin.scheme import Scheme
 
 def planned(job: Job) -> Plan:
     """The recipe's policy resolved against its model's architecture; all of the recipe is checked on the way.
+
+    Of a policy that is yet to be found, and of a ranking, it is the plan of the first candidate.
 
     Raises:
         ConfigError: for options that do not go together, a path that does not exist, a schedule that is none.
@@ -42,11 +45,17 @@ def planned(job: Job) -> Plan:
     check_choices(config)
     if trains_adapters(config) and config.task.name != "plan":
         check_extra(config.lora.backend)
+    if trains_adapters(config) and (config.policy.auto.enabled or config.task.name == "sensitivity"):
+        raise ConfigError(
+            "policy=auto and task=sensitivity measure fake quantization, not the base of adapters: use lora=none"
+        )
     if trains_adapters(config):
         return _planned_base(config, skeleton_of(config, job.allow))
-    policy = policy_of(config.policy)
     if "qat" in config.task.stages:
         Schedule(config.qat.start, config.qat.freeze).resolve(config.trainer.max_steps)
+    if config.policy.auto.enabled or config.task.name == "sensitivity":
+        return next(iter(choices_in(config, skeleton_of(config, job.allow)).plans.values()))
+    policy = policy_of(config.policy)
     return policy.plan(skeleton_of(config, job.allow), device=device)
 
 

@@ -29,7 +29,7 @@ def test_every_recipe_composes_and_its_policy_is_one(name: str, compose: Compose
     config = compose(f"recipe={name}", *NEEDED.get(name, ()))
     assert config.name == name
     policy = Policy(config.policy.rules, default=config.policy.default, keep=config.policy.keep)
-    assert policy.rules or policy.default
+    assert policy.rules or policy.default or config.policy.auto.enabled
 
 
 @pytest.mark.parametrize("name", NAMES)
