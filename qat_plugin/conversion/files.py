@@ -26,6 +26,7 @@ from qat_plugin.conversion.frozen import refuse_training
 from qat_plugin.conversion.proof import Proof
 from qat_plugin.conversion.reload import requantize_on_load
 from qat_plugin.errors import CheckpointError, ConversionError, did_you_mean
+from qat_plugin.kernels import ConvShape
 from qat_plugin.kernels.packing import pack, packed_columns, unpack
 from qat_plugin.kernels.portable import SCALE_DTYPE
 from qat_plugin.kernels.weight import CastWeight, QuantizedWeight, is_converted_weight
@@ -142,13 +143,14 @@ def _name_of(dtype: torch.dtype) -> str:
 
 
 def _entry(weight: QuantizedWeight) -> dict[str, Any]:
-    return {
+    entry = {
         "scheme": weight.spelling,
         "shape": [weight.out_features, weight.in_features],
         "dtype": _name_of(weight.logical_dtype),
         "transposed": weight.transposed,
         "usage": weight.usage,
     }
+    return entry if weight.conv is None else {**entry, "conv": [*weight.conv.weight], "groups": weight.conv.groups}
 
 
 def _parts(weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -245,6 +247,7 @@ def _assemble(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]
         _DTYPES[entry["dtype"]],
         transposed=bool(entry["transposed"]),
         usage=entry["usage"],
+        conv=ConvShape(tuple(map(int, entry["conv"])), int(entry["groups"])) if "conv" in entry else None,
         activation_scale=tensors.get(f"{name}.activation_scale"),
     )
 

@@ -44,7 +44,7 @@ def like(current: Tensor, weight: Tensor, state: Mapping[str, Tensor]) -> Tensor
     if isinstance(current, CastWeight):
         return CastWeight(weight.to(current.data_.dtype), current.logical_dtype)
     assert isinstance(current, QuantizedWeight)
-    rows, scheme = (weight.t() if current.transposed else weight), current.scheme
+    rows, scheme = current.rows_of(weight), current.scheme
     if "frozen_scale" in state:
         integers = quantize(rows, *_on(rows, state["frozen_scale"], state.get("frozen_zero_point")), scheme)
     elif "scale" in state:
@@ -59,6 +59,7 @@ def like(current: Tensor, weight: Tensor, state: Mapping[str, Tensor]) -> Tensor
         current.logical_dtype,
         transposed=current.transposed,
         usage=current.usage,
+        conv=current.conv,
         activation_scale=activation_scale,
         kernel=current.kernel_name,
     )

@@ -5,13 +5,14 @@ What operators do with them is in :mod:`qat_plugin.kernels.weight`, which is whe
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from qat_plugin.errors import ConversionError
-from qat_plugin.kernels.table import LayerSpec, Usage, choose, kernel_named
+from qat_plugin.kernels.table import ConvShape, LayerSpec, Usage, choose, kernel_named
 from qat_plugin.kernels.torchao_import import import_torchao
 from qat_plugin.numerics import Quantized
 from qat_plugin.scheme import Scheme
@@ -29,15 +30,17 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
         data_, scale, zero_point: the kernel's tensors.
         activation_scale: float32 scalar of a static scheme, else ``None``.
         kernel_name, spelling: the kernel and the scheme.
-        logical_shape: [out, in] ([in, out] when ``transposed``), what ``.shape`` says.
+        logical_shape: [out, in] ([in, out] when ``transposed``; a convolution's [out, in / groups, *kernel]), what
+            ``.shape`` says.
         logical_dtype: the float type it stands for, what ``.dtype`` says.
-        usage: ``"linear"``, ``"embedding"`` or ``"both"`` (tied).
+        usage: ``"linear"``, ``"embedding"``, ``"both"`` (tied) or ``"conv"``.
+        groups: of a convolution; else 1.
     """
 
     tensor_data_names = ["data_", "scale"]  # noqa: RUF012  (torchao reads and copies these lists)
     optional_tensor_data_names = ["zero_point", "activation_scale"]  # noqa: RUF012
     tensor_attribute_names = [  # noqa: RUF012
-        "kernel_name", "spelling", "logical_shape", "logical_dtype", "transposed", "usage",
+        "kernel_name", "spelling", "logical_shape", "logical_dtype", "transposed", "usage", "groups",
     ]  # fmt: skip
 
     data_: Tensor
@@ -56,6 +59,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
         logical_dtype: torch.dtype,
         transposed: bool,
         usage: Usage,
+        groups: int = 1,
         zero_point: Tensor | None = None,
         activation_scale: Tensor | None = None,
     ) -> QuantizedWeight:
@@ -74,6 +78,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
         logical_dtype: torch.dtype,
         transposed: bool,
         usage: Usage,
+        groups: int = 1,
         zero_point: Tensor | None = None,
         activation_scale: Tensor | None = None,
     ) -> None:
@@ -86,6 +91,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
         self.logical_dtype = logical_dtype
         self.transposed = transposed
         self.usage = usage
+        self.groups = groups
         self.zero_point = zero_point
         self.activation_scale = activation_scale
 
@@ -97,6 +103,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
         *,
         transposed: bool = False,
         usage: Usage = "linear",
+        conv: ConvShape | None = None,
         activation_scale: Tensor | None = None,
         kernel: str | None = None,
     ) -> QuantizedWeight:
@@ -107,6 +114,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
             dtype: the float type of the layer's input and output.
             transposed: the module's weight is [in_features, out_features].
             usage: how the weight is read.
+            conv: shape and groups of a convolution's weight (``usage="conv"``).
             activation_scale: float32 scalar, for static schemes.
             kernel: a kernel's name, instead of the table's choice.
 
@@ -114,16 +122,16 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
             ConversionError: when no kernel runs it; each kernel's reason is in the message.
         """
         rows, columns = quantized.q.shape
-        spec = LayerSpec(quantized.scheme, rows, columns, quantized.q.device, dtype, usage)
+        spec = LayerSpec(quantized.scheme, rows, columns, quantized.q.device, dtype, usage, conv)
         choice = choose(spec)
         if kernel is None and choice.refusal is not None:
             raise ConversionError(f"no kernel runs {quantized.scheme} on {spec.device}: {choice.refusal}")
         name = kernel or choice.kernel
         packed = kernel_named(name).pack(quantized, spec)
-        shape = (columns, rows) if transposed else (rows, columns)
+        shape = conv.weight if conv is not None else (columns, rows) if transposed else (rows, columns)
         return cls(
             packed.data, packed.scale, name, str(quantized.scheme), shape, dtype, transposed, usage,
-            zero_point=packed.zero_point, activation_scale=activation_scale,
+            1 if conv is None else conv.groups, zero_point=packed.zero_point, activation_scale=activation_scale,
         )  # fmt: skip
 
     @property
@@ -137,12 +145,21 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
     @property
     def in_features(self) -> int:
         """Length of one row of integers."""
-        return self.logical_shape[0 if self.transposed else 1]
+        return self.logical_shape[0] if self.transposed else math.prod(self.logical_shape[1:])
 
     @property
     def out_features(self) -> int:
         """Number of rows of integers."""
         return self.logical_shape[1 if self.transposed else 0]
+
+    @property
+    def conv(self) -> ConvShape | None:
+        """Shape and groups, of a convolution's weight."""
+        return ConvShape(self.logical_shape, self.groups) if self.usage == "conv" else None
+
+    def rows_of(self, weight: Tensor) -> Tensor:
+        """A float weight of the module's orientation as [out_features, in_features]."""
+        return weight.t() if self.transposed else weight.flatten(1)
 
     def integers(self) -> Quantized:
         """The integers, scales and zero points, [out_features, in_features], unpacked exactly."""
@@ -151,7 +168,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The float weight it stands for, in the module's orientation."""
         weight = self.integers().dequantize(dtype or self.logical_dtype)
-        return weight.t() if self.transposed else weight
+        return weight.t() if self.transposed else weight.reshape(self.logical_shape)
 
     def repack(self, device: torch.device, dtype: torch.dtype) -> QuantizedWeight:
         """The same integers for another device or float type, in the layout of the kernel that is best there."""
@@ -164,7 +181,12 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
         )
         activation_scale = None if self.activation_scale is None else self.activation_scale.to(device)
         return type(self).from_integers(
-            moved, dtype, transposed=self.transposed, usage=self.usage, activation_scale=activation_scale
+            moved,
+            dtype,
+            transposed=self.transposed,
+            usage=self.usage,
+            conv=self.conv,
+            activation_scale=activation_scale,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedWeight:
@@ -184,6 +206,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
             self.transposed,
             self.usage,
             _is_parameter(self),
+            self.conv,
         )
 
     def __repr__(self) -> str:
@@ -237,10 +260,11 @@ def _from_parts(
     transposed: bool,
     usage: Usage,
     parameter: bool,
+    conv: ConvShape | None = None,
 ) -> Tensor:
     quantized = Quantized(q, scale, zero_point, Scheme.parse(spelling))
     weight = QuantizedWeight.from_integers(
-        quantized, dtype, transposed=transposed, usage=usage, activation_scale=activation_scale
+        quantized, dtype, transposed=transposed, usage=usage, conv=conv, activation_scale=activation_scale
     )
     return torch.nn.Parameter(weight, requires_grad=False) if parameter else weight
 

@@ -38,7 +38,7 @@ def hold(layer: nn.Module, quantized: Quantized, *, write: bool = True) -> None:
     scale, zero_point = quantized.scale.to(weight.device), quantized.zero_point
     zero_point = None if zero_point is None else zero_point.to(weight.device)
     if write:
-        rows.copy_(quantized.dequantize(weight.dtype))
+        weight.copy_(quantizer.as_weight(quantized.dequantize(weight.dtype), weight))
     quantizer.hold(scale, zero_point)
     if write and not torch.equal(quantizer.integers(weight).q, quantized.q.to(weight.device)):
         kind = str(weight.dtype).removeprefix("torch.")

@@ -99,8 +99,14 @@ class LayerQuantizer(nn.Module):
         return self.phase in (Phase.FAKE_QUANTIZED, Phase.FROZEN)
 
     def rows(self, weight: Tensor) -> Tensor:
-        """The weight as [out_features, in_features]."""
+        """The weight as [out_features, in_features]; a convolution's as [out_channels, everything else]."""
+        if self.layer.usage == "conv":
+            return weight.flatten(1)
         return weight.t() if self.transposed else weight
+
+    def as_weight(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """Rows in the orientation and shape of ``weight``: the inverse of :meth:`rows`."""
+        return rows.t() if self.transposed else rows.reshape(weight.shape)
 
     def fake_weight(self, rows: Tensor) -> Tensor:
         """Fake-quantized [rows, in_features]; differentiable."""
