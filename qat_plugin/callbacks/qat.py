@@ -208,7 +208,8 @@ class QuantizationAwareTraining(ResumingCallback):
         if self._module is None or is_converted(self._module) or "quantizers" not in state_dict:
             return
         if not is_prepared(self._module):  # a checkpoint evaluated in a new process sees what it was trained with
-            prepare(self._module, Plan.from_list(state_dict["quantizers"]["plan"]), learn_scales=self._learn_scales)
+            plan = Plan.from_list(state_dict["quantizers"]["plan"])
+            prepare(self._module, plan, learn_scales=self._learn_scales, phase=Phase.FLOAT)
         load_quantizer_state(self._module, state_dict["quantizers"])
 
     @override

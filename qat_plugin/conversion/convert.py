@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat_plugin.conversion.absorb import absorb_norms, release_norms
 from qat_plugin.conversion.frozen import refuse_training
 from qat_plugin.conversion.layer import (
     LayerConversion,
@@ -39,6 +40,7 @@ from qat_plugin.qat import (
     unprepare,
 )
 from qat_plugin.qat.checks import check_finite
+from qat_plugin.qat.folding import Unfolded
 from qat_plugin.qat.layers import ATTRIBUTE, current_weight
 
 
@@ -92,6 +94,7 @@ def convert(
             f"{type(model).__name__} is already converted; convert a float model, or reload its checkpoint"
         )
     fresh = not is_prepared(model)
+    unfolded = Unfolded(model) if fresh and reversible else None
     if fresh:
         if plan is None:
             raise ConversionError("convert(model) needs a plan or a policy for a model that was not prepared")
@@ -106,6 +109,7 @@ def convert(
         layers = _ready(model, dtype)
         with torch.inference_mode(False):  # what is made here outlives it
             proof = _convert_layers(layers, _checked(inputs or {}, layers), dtype, done, casts, reversible)
+            absorb_norms(model)
     except BaseException as failure:
         if gone := sum(conversion.gone for conversion in done):
             left = (
@@ -116,10 +120,13 @@ def convert(
                 raise ConversionError(f"{left} {failure}") from failure
             warnings.warn(left, stacklevel=2)
             raise
+        release_norms(model)
         for conversion in reversed(done):
             conversion.take_back()
         if fresh:
             unprepare(model)
+            if unfolded is not None:
+                unfolded.restore()
         elif get_phase(model) is not phase:
             set_phase(model, phase)
         raise

@@ -3,9 +3,9 @@
 An integer weight ``X`` is stored as ``X.q`` (rows packed to their bits), ``X.scale`` (bf16, exact), and where it has
 them ``X.zero_point`` (uint8) and ``X.activation_scale`` (float32): portable rows, whatever layout the kernel here uses.
 The header's one entry, ``qat_plugin``, is the SHA-256 (64 hexadecimal digits) of the JSON that follows it: the scheme,
-shape, type, orientation and use of each, which names are tied, the plan, the proof, and a SHA-256 of the tensors. One
-entry, because safetensors writes several in a random order: the same model gives the same bytes. ``plan.json`` beside
-it repeats the plan for readers.
+shape, type, orientation and use of each, which names are tied, which norms folded, the plan, the proof, and a SHA-256
+of the tensors. One entry, because safetensors writes several in a random order: the same model gives the same bytes.
+``plan.json`` beside it repeats the plan for readers.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat_plugin.conversion.absorb import absorb_norms
 from qat_plugin.conversion.convert import Conversion, conversion_of, is_converted
 from qat_plugin.conversion.frozen import refuse_training
 from qat_plugin.conversion.proof import Proof
@@ -33,6 +34,7 @@ from qat_plugin.kernels.weight import CastWeight, QuantizedWeight, is_converted_
 from qat_plugin.numerics import Quantized
 from qat_plugin.policy import Plan
 from qat_plugin.qat import is_prepared
+from qat_plugin.qat.folding import fold_names, set_folds
 from qat_plugin.scheme import Scheme
 
 FORMAT_VERSION = 1
@@ -135,7 +137,7 @@ def _flatten(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors[name] = tensor.data_.detach().cpu().contiguous()
         else:
             tensors[name] = tensor.detach().cpu().clone().contiguous()
-    return tensors, {"version": FORMAT_VERSION, "entries": entries, "ties": ties}
+    return tensors, {"version": FORMAT_VERSION, "entries": entries, "ties": ties, "folded": fold_names(model)}
 
 
 def _name_of(dtype: torch.dtype) -> str:
@@ -195,7 +197,9 @@ def load_converted(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Mo
         raise CheckpointError(f"{path} is damaged: {error}") from error
     _check_fits(model, weights, ties, path)
     _check_buffers(model, weights, path)
+    set_folds(model, header.get("folded", []))
     refuse_training(_install(model, weights, ties))
+    absorb_norms(model)
     model._qat_conversion = conversion  # type: ignore[assignment]
     return model
 

@@ -107,7 +107,7 @@ class LayerConversion:
         weight, columns = self.weight, self.quantizer.rows(self.weight).shape[-1]
         if rows is not None and self.quantizer.layer.usage == "conv":
             x = rows.detach().to(weight.device)
-            channels = weight.shape[1] * self.layer.groups
+            channels = weight.shape[1] * int(self.layer.groups)  # type: ignore[arg-type]
             if x.dim() != weight.dim() or x.shape[1] != channels:
                 raise ConversionError(
                     f"{self.quantizer.layer.name}: the inputs given have shape {tuple(x.shape)}, the layer takes "
@@ -158,7 +158,7 @@ class LayerConversion:
         if isinstance(self.layer, nn.Embedding):
             return F.embedding(x, weight)
         if isinstance(self.layer, nn.modules.conv._ConvNd):
-            product: Tensor = self.layer._conv_forward(x, weight, None)  # type: ignore[operator]
+            product: Tensor = self.layer._conv_forward(x, weight, None)
             return product
         if self.quantizer.transposed:
             return torch.addmm(x.new_zeros(weight.shape[1]), x, weight)

@@ -17,6 +17,8 @@ from qat_plugin.kernels.weight import CastWeight, QuantizedWeight, is_converted_
 from qat_plugin.numerics import learned_scale, quantize, round_to_nearest
 from qat_plugin.observers import scale_of
 from qat_plugin.policy import Candidate, candidates
+from qat_plugin.qat.folded import fold_state_dict, folds
+from qat_plugin.qat.folding import fold_names
 from qat_plugin.scheme import Scheme
 
 
@@ -110,6 +112,8 @@ def reload_float(
         )
     states = _states(quantizer_state, layers)
     merged: dict[str, Tensor] = dict(state_dict)
+    for fold, (layer, norm) in zip(folds(model), fold_names(model), strict=True):  # of before the fold, it may be
+        fold_state_dict(fold, merged, f"{layer}.", f"{norm}.")
     for name, candidate in layers.items():
         key = f"{candidate.path}.weight" if candidate.path else "weight"
         current = candidate.module._parameters["weight"]

@@ -13,6 +13,7 @@ from qat_plugin.measure.progress import Progress, progressing
 from qat_plugin.policy import Plan, PolicyLike
 from qat_plugin.ptq.feeding import checked, feed
 from qat_plugin.qat import Phase, calibrating, is_prepared, plan_of, prepare, set_phase
+from qat_plugin.qat.folding import fold_norms
 
 Method = Literal["rtn"]
 METHODS: Final[tuple[str, ...]] = get_args(Method)
@@ -46,6 +47,7 @@ def calibrate(
         raise ConfigError(f"method={method!r} is not one of {', '.join(METHODS)}")
     if not is_prepared(model):
         prepare(model, plan)  # type: ignore[arg-type]
+    fold_norms(model)
     static = any(layer.scheme is not None and layer.scheme.static for layer in plan_of(model).quantized)
     if static:
         with evaluating(model), calibrating(model), progressing(progress, "calibrating", length_of(batches)) as advance:
