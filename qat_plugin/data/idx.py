@@ -43,10 +43,12 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
 
 def _read(path: Path, file: BinaryIO | gzip.GzipFile, dimensions: int) -> Tensor:
     header = file.read(4 + 4 * dimensions)
-    if header[:3] != bytes([0, 0, _UNSIGNED_BYTES]) or len(header) != 4 + 4 * dimensions:
+    if header[:3] != bytes([0, 0, _UNSIGNED_BYTES]) or len(header) < 8:
         raise DataError(f"{path} is no idx file of unsigned bytes: it begins with {header[:4].hex(' ') or 'nothing'}")
     if header[3] != dimensions:
         raise DataError(f"{path} has {header[3]} dimensions; {dimensions} are needed ({_FORM[dimensions]})")
+    if len(header) != 4 + 4 * dimensions:
+        raise DataError(f"{path} ends in its header, after {len(header)} bytes")
     sizes = [int.from_bytes(header[at : at + 4], "big") for at in range(4, len(header), 4)]
     count = 1
     for size in sizes:

@@ -60,7 +60,7 @@ class ImageClassifier(L.LightningModule):
                 f"learning_rate ({learning_rate}) must be above 0, weight_decay ({weight_decay}) and warmup_steps "
                 f"({warmup_steps}) not below it"
             )
-        self.model = SmallResNet() if model is None else model
+        self.model = (SmallResNet() if model is None else model).train()
         self.learning_rate, self.weight_decay, self.warmup_steps = learning_rate, weight_decay, warmup_steps
         self.optimizer_bits = optimizer_bits
 
@@ -151,7 +151,7 @@ def trained_net(recipe: ImageRecipe, data: ImageData, *, progress: Progress | bo
     from safetensors.torch import load_file
 
     net.load_state_dict(load_file(target / _WEIGHTS))
-    return net
+    return net.eval()
 
 
 def _build(folder: Path, net: nn.Module, recipe: ImageRecipe, data: ImageData, progress: Progress | bool) -> None:
