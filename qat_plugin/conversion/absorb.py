@@ -9,11 +9,15 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qat_plugin.kernels.convolution import convolve
 from qat_plugin.kernels.weight import QuantizedWeight
 from qat_plugin.qat.folded import FOLD, Fold, folds
+
+_CALL = ("stride", "padding", "dilation", "groups")
 
 
 class _Shifting:
@@ -26,8 +30,11 @@ class _Shifting:
         """As the layer's own class computes it, with another bias."""
         fold: Fold = self.__dict__[FOLD]
         bias = fold.shift if self.bias is None else self.bias + fold.shift
-        convolve = getattr(self, "_conv_forward", F.linear)
-        y: Tensor = convolve(input, self.weight, bias)
+        if getattr(self, "padding_mode", "") == "zeros" and not torch.compiler.is_compiling():
+            # what F.conv2d would come to, without its way there
+            return convolve((input, self.weight, bias, *(getattr(self, name) for name in _CALL)), {})
+        product = getattr(self, "_conv_forward", F.linear)
+        y: Tensor = product(input, self.weight, bias)
         return y
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

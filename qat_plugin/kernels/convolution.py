@@ -30,7 +30,7 @@ def convolve(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         raise ConversionError(f"{weight!r} is a linear layer's weight: a convolution cannot use it")
     if given.get("groups", 1) != weight.groups:
         raise ConversionError(f"{weight!r} was packed for {weight.groups} groups, not {given.get('groups', 1)}")
-    dimensions = weight.dim() - 2
+    dimensions = len(weight.logical_shape) - 2
     call = ConvCall(
         _each(given.get("stride", 1), dimensions),
         (0,) * dimensions,
@@ -62,8 +62,8 @@ class _Frozen(torch.autograd.Function):
 
 
 def _run(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, call: ConvCall, padding: Any) -> Tensor:
-    dimensions = weight.dim() - 2
-    channels = weight.shape[1] * weight.groups
+    dimensions = len(weight.logical_shape) - 2
+    channels = weight.logical_shape[1] * weight.groups
     if x.dim() not in (dimensions + 1, dimensions + 2) or x.shape[-dimensions - 1] != channels:
         raise RuntimeError(f"input has shape {tuple(x.shape)}; {weight!r} takes {channels} channels")
     alone = x.dim() == dimensions + 1
@@ -80,12 +80,12 @@ def _run(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, call: ConvCall
 
 def _padded(x: Tensor, weight: QuantizedWeight, call: ConvCall, padding: Any) -> tuple[Tensor, tuple[int, ...]]:
     """The input and the symmetric padding that is left to the kernel; PyTorch's "same" may pad one side more."""
-    dimensions = weight.dim() - 2
+    dimensions = len(weight.logical_shape) - 2
     if padding == "valid":
         return x, (0,) * dimensions
     if padding != "same":
         return x, _each(padding, dimensions)
-    totals = [d * (k - 1) for d, k in zip(call.dilation, weight.shape[2:], strict=True)]
+    totals = [d * (k - 1) for d, k in zip(call.dilation, weight.logical_shape[2:], strict=True)]
     if any(total % 2 for total in totals):  # as PyTorch does it: the odd one goes to the far side
         x = F.pad(x, [side for total in reversed(totals) for side in (0, total % 2)])
     return x, tuple(total // 2 for total in totals)

@@ -43,7 +43,7 @@ class SmallResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [batch, classes] of [batch, channels, height, width]."""
-        x = self.blocks(F.relu(self.bn(self.conv(images))))
+        x = self.blocks(F.relu(self.bn(self.conv(images)), inplace=True))
         logits: Tensor = self.head(x.mean((2, 3)))
         return logits
 
@@ -62,8 +62,10 @@ class Basic(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, out, height / stride, width / stride]."""
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.bn2(self.conv2(y))
+        y += self.shortcut(x)
+        return F.relu(y, inplace=True)
 
 
 class Separable(nn.Module):
@@ -76,8 +78,9 @@ class Separable(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The shape of ``x``."""
-        y = F.relu(self.bn1(self.depthwise(x)))
-        return F.relu(x + self.bn2(self.pointwise(y)))
+        y = self.bn2(self.pointwise(F.relu(self.bn1(self.depthwise(x)), inplace=True)))
+        y += x
+        return F.relu(y, inplace=True)
 
 
 class Split(nn.Module):
@@ -90,7 +93,7 @@ class Split(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The shape of ``x``."""
-        return F.relu(torch.cat([self.bn1(self.near(x)), self.bn2(self.wide(x))], dim=1))
+        return F.relu(torch.cat([self.bn1(self.near(x)), self.bn2(self.wide(x))], dim=1), inplace=True)
 
 
 def _conv(channels: int, out: int, size: int, *, stride: int = 1, groups: int = 1) -> nn.Conv2d:
