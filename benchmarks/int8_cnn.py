@@ -47,7 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=32, help="of the net whose accuracy is measured")
     parser.add_argument("--steps", type=int, default=200, help="of the float net's training")
     parser.add_argument("--qat-steps", type=int, default=150)
-    parser.add_argument("--learning-rate", type=float, default=3e-4, help="of QAT and of fine-tuning")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of QAT and of fine-tuning")
     parser.add_argument("--sizes", nargs="*", type=int, default=[8, 28], help="pixels of a side, for speed")
     parser.add_argument("--widths", nargs="+", type=int, default=[32, 64], help="of the nets that are timed")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
