@@ -1,5 +1,7 @@
 """Fake quantization in place: weights keep their names and Parameter objects, phases are state."""
 
+from qat_plugin.qat.folded import folds
+from qat_plugin.qat.folding import fold_norms
 from qat_plugin.qat.held import hold
 from qat_plugin.qat.prepare import (
     get_phase,
@@ -22,6 +24,8 @@ __all__ = [
     "WeightReuse",
     "calibrating",
     "capture_inputs",
+    "fold_norms",
+    "folds",
     "get_phase",
     "hold",
     "is_prepared",

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat_plugin.errors import CheckpointError
@@ -91,10 +91,19 @@ def _fold(model: nn.Module, layer: nn.Module, norm: _BatchNorm, names: tuple[str
                 parameter.copy_(scaled_rows(parameter, gain))
         for name, value in folded_state(norm, state, shift).items():
             state[name].copy_(value)
-        quantizer = getattr(layer, ATTRIBUTE)
-        if quantizer.scale is not None:  # learned scales start from the weight that is quantized
-            quantizer.scale.copy_(choose_qparams(quantizer.rows(layer._parameters["weight"]), quantizer.scheme)[0])
+        _follow_learned_scales(layer, gain)
     return mark(model, names)
+
+
+def _follow_learned_scales(layer: nn.Module, gain: Tensor) -> None:
+    """Learned scales grow with the channels that they are of; one for the whole weight starts anew."""
+    quantizer = getattr(layer, ATTRIBUTE)
+    if quantizer.scale is None:
+        return
+    if quantizer.scheme.per_tensor:
+        quantizer.scale.copy_(choose_qparams(quantizer.rows(layer._parameters["weight"]), quantizer.scheme)[0])
+    else:
+        quantizer.scale.mul_(gain.abs().to(quantizer.scale).unsqueeze(1))
 
 
 def fold_names(model: nn.Module) -> list[list[str]]:

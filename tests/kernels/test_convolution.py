@@ -74,6 +74,21 @@ def test_a_convolution_computes_what_its_integers_stand_for(
     torch.testing.assert_close(converted(layer, kernel=kernel)(x).double(), reference(layer, x), rtol=1e-5, atol=1e-5)
 
 
+def test_one_scale_for_the_whole_weight() -> None:
+    from qat_plugin import convert, prepare
+    from qat_plugin.qat import calibrating
+
+    model = nn.Sequential(nn.Conv2d(6, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=4)).eval()
+    x = torch.randn(2, 6, 9, 9)
+    prepare(model, "w8a8-static-tensor")
+    with calibrating(model):
+        model(x)
+    expected = model(x)
+    convert(model)
+    assert model[2].weight.integers().scale.shape == (1, 1)
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d])
 def test_each_way_of_padding(kind: type[Any], mode: str) -> None:
