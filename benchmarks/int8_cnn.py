@@ -47,7 +47,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=32, help="of the net whose accuracy is measured")
     parser.add_argument("--steps", type=int, default=200, help="of the float net's training")
     parser.add_argument("--qat-steps", type=int, default=150)
-    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of QAT and of fine-tuning")
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="of QAT and of fine-tuning")
+    parser.add_argument("--start", type=float, default=0.5, help="share of QAT's steps before norms are folded")
     parser.add_argument("--sizes", nargs="*", type=int, default=[8, 28], help="pixels of a side, for speed")
     parser.add_argument("--widths", nargs="+", type=int, default=[32, 64], help="of the nets that are timed")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
@@ -80,7 +81,7 @@ def accuracies(seed: int, options: argparse.Namespace) -> dict[str, float]:
         "float": net,
         "PTQ": convert(calibrate(copy.deepcopy(net), SCHEME, batches, progress=False)),
         "fine-tuned": fitted(net, data, options, []),
-        "QAT": fitted(net, data, options, [QuantizationAwareTraining(SCHEME)]),
+        "QAT": fitted(net, data, options, [QuantizationAwareTraining(SCHEME, start=options.start)]),
     }
     nets["QAT, bf16"] = copy.deepcopy(nets["QAT"]).bfloat16()
     found = {}
