@@ -3,7 +3,9 @@
 ``gamma (W x + b - mu) / sigma + beta`` becomes ``W' x + b' + shift`` with ``W' = W gamma / sigma``, ``b' = b gamma /
 sigma`` and ``shift = beta - gamma mu / sigma``. The layer keeps its Parameter objects and both modules their names: the
 norm is left with mean 0, variance 1 - eps, weight 1 and bias ``shift``, which any BatchNorm in evaluation mode computes
-as ``x + shift``; so a float state_dict loads without this package. From then on the norm stays in evaluation mode.
+as ``x + shift``; so a float state_dict loads without this package. From then on the norm stays in evaluation mode, its
+bias is trained and its weight has no gradient: a DistributedDataParallel that wrapped the model before the fold needs
+``find_unused_parameters=True``.
 """
 
 from __future__ import annotations
