@@ -6,8 +6,8 @@ layout of the weight whatever the batch, stride, padding or dilation.
 
 The operators are called as they are, rather than through PT2E's export and x86 lowering: the module stays the user's,
 with its names and its ``train()`` and ``eval()``, batches may vary, and it is faster. The net of
-``benchmarks/int8_cnn.py`` (32 channels, batch 32 of 28 x 28, CPU time of one thread of a Zen 4) takes 13.8 ms so, 11.7 ms
-in bf16, and 18.3 ms lowered by PT2E with freezing; eager fp32 takes 36.6 ms, bf16 18.8 ms.
+``benchmarks/int8_cnn.py`` (32 channels, batch 32 of 28 x 28, CPU time of one thread of a Zen 4) takes 13.8 ms so,
+11.7 ms in bf16, and 18.3 ms lowered by PT2E with freezing; eager fp32 takes 36.6 ms, bf16 18.8 ms.
 """
 
 from __future__ import annotations
