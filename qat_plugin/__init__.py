@@ -11,12 +11,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from qat_plugin.callbacks import ExactResume, MixedPrecision, QLoRAFinetuning, QuantizationAwareTraining
+    from qat_plugin.callbacks import (
+        ExactResume,
+        MixedPrecision,
+        PostTrainingQuantization,
+        QLoRAFinetuning,
+        QuantizationAwareTraining,
+    )
     from qat_plugin.conversion import load_converted, save_converted
     from qat_plugin.conversion.convert import convert, is_converted, proof_of
     from qat_plugin.errors import QatError
     from qat_plugin.inference import compile_for_inference
     from qat_plugin.policy import Plan, Policy
+    from qat_plugin.ptq.calibrate import calibrate
     from qat_plugin.qat import Phase, calibrating, capture_inputs
     from qat_plugin.qat.prepare import prepare, set_phase, unprepare
     from qat_plugin.scheme import Scheme
@@ -24,6 +31,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "ExactResume": "callbacks",
     "MixedPrecision": "callbacks",
+    "PostTrainingQuantization": "callbacks",
     "QLoRAFinetuning": "callbacks",
     "QuantizationAwareTraining": "callbacks",
     "convert": "conversion",
@@ -35,6 +43,7 @@ _WHERE = {
     "compile_for_inference": "inference",
     "Plan": "policy",
     "Policy": "policy",
+    "calibrate": "ptq",
     "Phase": "qat",
     "calibrating": "qat",
     "capture_inputs": "qat",
@@ -50,11 +59,13 @@ __all__ = [
     "Phase",
     "Plan",
     "Policy",
+    "PostTrainingQuantization",
     "QLoRAFinetuning",
     "QatError",
     "QuantizationAwareTraining",
     "Scheme",
     "__version__",
+    "calibrate",
     "calibrating",
     "capture_inputs",
     "compile_for_inference",

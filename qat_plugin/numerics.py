@@ -222,6 +222,12 @@ def fake_quantize(
     return cast(Tensor, _FakeQuantize.apply(weight, scale, zero_point, scheme))
 
 
+def on_grid_numbers(groups: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme) -> Tensor:
+    """The grid's numbers nearest to grouped weights [.., groups, group size], float32 of that shape."""
+    levels = _levels(groups, scale, zero_point).clamp_(scheme.qmin, scheme.qmax)
+    return _numbers(levels, scale, zero_point)
+
+
 def on_grid(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """The grid's numbers nearest to ``weight``, and where it did not clip (bool): both of the weight's shape."""
     levels = _levels(to_groups(weight, scheme), scale, zero_point)
@@ -338,6 +344,21 @@ class _FakeQuantizeActivation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
         return (grad * ctx.saved_tensors[0] if ctx.clips else grad), None
+
+
+def divided_input(x: Tensor, input_scale: Tensor, scheme: Scheme) -> Tensor:
+    """The input of a layer whose weight's columns are multiplied by ``input_scale``.
+
+    Divided in float32. What the scheme rounds to INT8 stays float32 until then, so that a layer sees the same integers
+    in any float type; otherwise the quotient is rounded once to the type of ``x``. Differentiable.
+
+    Args:
+        x: [..., in_features], any float type.
+        input_scale: float32 [in_features], positive.
+        scheme: the layer's.
+    """
+    quotient = x / input_scale
+    return quotient if scheme.quantizes_activations else quotient.to(x.dtype)
 
 
 def fake_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:

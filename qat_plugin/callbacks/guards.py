@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from qat_plugin.errors import ConfigError
 
@@ -22,6 +23,19 @@ def check_strategy(trainer: L.Trainer) -> None:
             f"{name} shards parameters while the module is configured, before a callback can prepare it. Call "
             "qat_plugin.prepare(self, policy) at the start of your configure_model, before sharding, and convert() the "
             "consolidated checkpoint"
+        )
+
+
+def check_launcher(trainer: L.Trainer) -> None:
+    """Raise where training runs in processes that hand back a state_dict alone: what they converted would be lost.
+
+    Raises:
+        ConfigError: naming what works.
+    """
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise ConfigError(
+            "spawned and forked processes hand back float weights alone, and what is converted in them is lost: use "
+            "strategy='ddp', which starts the script once a device"
         )
 
 

@@ -21,6 +21,7 @@ from qat_plugin.callbacks.schedule import Schedule, Steps
 from qat_plugin.callbacks.weight_reuse import TrainerReuse
 from qat_plugin.conversion import convert, dequantized_state_dict, is_converted, proof_of, reload_float
 from qat_plugin.errors import CheckpointError, ConfigError
+from qat_plugin.observers.spelling import DEFAULT_FOR_TRAINING, ObserverSpec
 from qat_plugin.policy import Plan, Policy, PolicyLike
 from qat_plugin.qat import (
     Phase,
@@ -29,11 +30,14 @@ from qat_plugin.qat import (
     get_phase,
     is_prepared,
     load_quantizer_state,
+    observer_of,
     plan_of,
     prepare,
     quantizer_state,
     set_phase,
+    synchronize_observers,
 )
+from qat_plugin.qat.state import observer_in
 
 Weights = Literal["last", "best"]
 _DTYPES: Final[dict[str, torch.dtype]] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,6 +62,9 @@ class QuantizationAwareTraining(ResumingCallback):
         learn_scales: learn the scales (LSQ).
         dtype: the float type that the converted model runs in (``"bf16"`` for the fast INT4 kernels on CPU); by
             default the module's own.
+        observer: what static schemes calibrate their activations with, on training batches before ``freeze``:
+            ``moving-average`` (``:momentum``), ``minmax``, ``percentile`` (``:99.99``), ``mse`` or ``entropy``. Ranks
+            agree after each batch.
         exact_resume: save generators and data position, so that a resumed run continues to the bit.
 
     Raises:
@@ -80,6 +87,7 @@ class QuantizationAwareTraining(ResumingCallback):
         weights: Weights = "last",
         learn_scales: bool = False,
         dtype: Literal["fp32", "bf16", "fp16"] | None = None,
+        observer: str = DEFAULT_FOR_TRAINING,
         exact_resume: bool = True,
     ) -> None:
         super().__init__(exact_resume=exact_resume)
@@ -91,6 +99,7 @@ class QuantizationAwareTraining(ResumingCallback):
         self._schedule = Schedule(start, freeze)
         self._convert, self._weights, self._learn_scales = convert, weights, learn_scales
         self._dtype = None if dtype is None else _DTYPES[dtype]
+        self._observer = ObserverSpec.parse(observer)
         self._steps: Steps | None = None
         self._module: L.LightningModule | None = None
         self._loaded: dict[str, Any] | None = None
@@ -144,6 +153,8 @@ class QuantizationAwareTraining(ResumingCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._stop_capture()
+        if get_phase(pl_module) in (Phase.OBSERVING, Phase.FAKE_QUANTIZED):
+            synchronize_observers(pl_module)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
@@ -212,8 +223,9 @@ class QuantizationAwareTraining(ResumingCallback):
         if self._module is None or is_converted(self._module) or "quantizers" not in state_dict:
             return
         if not is_prepared(self._module):  # a checkpoint evaluated in a new process sees what it was trained with
-            plan = Plan.from_list(state_dict["quantizers"]["plan"])
-            prepare(self._module, plan, learn_scales=self._learn_scales, phase=Phase.FLOAT)
+            plan, observer = Plan.from_list(state_dict["quantizers"]["plan"]), observer_in(state_dict["quantizers"])
+            options: dict[str, Any] = {"learn_scales": self._learn_scales, "observer": observer}
+            prepare(self._module, plan, phase=Phase.FLOAT, **options)
         load_quantizer_state(self._module, state_dict["quantizers"])
 
     @override
@@ -259,6 +271,11 @@ class QuantizationAwareTraining(ResumingCallback):
                 raise ConfigError(
                     f"{name} is prepared already as {was}, and this callback's policy says {wanted}. {way}"
                 )
+        observer = observer_of(pl_module)
+        if observer not in (None, self._observer):
+            raise ConfigError(
+                f"the module is prepared already with observer={str(observer)!r}, not {str(self._observer)!r}. {way}"
+            )
         learned = any(name.endswith(".fake_quantizer.scale") for name, _ in pl_module.named_parameters())
         if learned != self._learn_scales:
             raise ConfigError(
@@ -281,7 +298,7 @@ class QuantizationAwareTraining(ResumingCallback):
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         plan = self._plan(trainer, pl_module)
         phase = Phase.FAKE_QUANTIZED if self._schedule.start == 0 else Phase.FLOAT
-        prepare(pl_module, plan, learn_scales=self._learn_scales, phase=phase)
+        prepare(pl_module, plan, learn_scales=self._learn_scales, phase=phase, observer=self._observer)
         rank_zero_info(f"QuantizationAwareTraining: {plan.summary()}{_folded(pl_module)}")
 
     def _follow_schedule(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

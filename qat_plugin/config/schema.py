@@ -15,6 +15,7 @@ from omegaconf import MISSING
 
 from qat_plugin.config.fields import absolute, check_above, check_at_least, check_choice, help_text, option
 from qat_plugin.errors import ConfigError
+from qat_plugin.observers.spelling import DEFAULT_FOR_CALIBRATION, DEFAULT_FOR_TRAINING, KINDS, ObserverSpec
 
 TASKS: Final = ("fit", "ptq", "merge", "plan", "evaluate", "doctor")
 STAGES: Final = (
@@ -22,6 +23,9 @@ STAGES: Final = (
     "latency",
 )  # fmt: skip
 PRECISIONS: Final = ("32-true", "bf16-mixed", "bf16-true")
+PTQ_METHODS: Final = ("rtn", "mse", "hqq", "gptq", "awq", "awq-gptq", "smoothquant")
+_OBSERVERS: Final = ", ".join(KINDS)
+_METHODS: Final = ", ".join(PTQ_METHODS)
 
 
 @dataclass
@@ -69,18 +73,33 @@ class QatConfig:
     start: int | float = option(0, "when fake quantization starts: optimizer step (1000) or fraction of the run (0.1)")
     freeze: int | float | None = option(None, "when scales and observers freeze: step or fraction; null for never")
     learn_scales: bool = option(False, "learn the weight scales with the weights (LSQ)")
+    observer: str = option(DEFAULT_FOR_TRAINING, f"what static activation scales follow: {_OBSERVERS}")
+
+    def __post_init__(self) -> None:
+        ObserverSpec.parse(self.observer, "qat.observer")
 
 
 @dataclass
 class PtqConfig:
     """Quantization without training."""
 
-    method: str = option("rtn", "rtn: round to nearest")
-    calibration_batches: int = option(8, "training batches that static activation scales are calibrated on")
+    method: str = option("rtn", f"how weights become integers: {_METHODS}")
+    calibration_batches: int = option(8, "training batches that inputs and static activations are looked at on")
+    observer: str = option(DEFAULT_FOR_CALIBRATION, f"what static activation scales are found by: {_OBSERVERS}")
+    damping: float = option(0.1, "gptq: share of the mean second moment added to its diagonal")
+    act_order: bool = option(True, "gptq: inputs with the largest second moments first")
+    sweeps: int = option(4, "gptq: rounds of coordinate descent afterwards; 0 is the paper's algorithm")
+    correct: float = option(0.5, "gptq: share of the way towards the float model's outputs; 0 is the paper's algorithm")
 
     def __post_init__(self) -> None:
-        check_choice("ptq.method", self.method, ("rtn",))
+        check_choice("ptq.method", self.method, PTQ_METHODS)
         check_at_least("ptq.calibration_batches", self.calibration_batches, 1)
+        ObserverSpec.parse(self.observer, "ptq.observer")
+        check_above("ptq.damping", self.damping, 0)
+        check_at_least("ptq.sweeps", self.sweeps, 0)
+        check_at_least("ptq.correct", self.correct, 0)
+        if self.correct > 1:
+            raise ConfigError(f"ptq.correct={self.correct} is not allowed: it is a share, at most 1")
 
 
 @dataclass

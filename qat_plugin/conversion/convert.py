@@ -31,6 +31,7 @@ from qat_plugin.policy import Plan, PolicyLike, plan_for
 from qat_plugin.qat import (
     LayerQuantizer,
     Phase,
+    check_observed,
     get_phase,
     is_prepared,
     plan_of,
@@ -83,7 +84,7 @@ def convert(
     Raises:
         ConversionError: when the model is already converted, when a layer has no kernel here, or when a layer fails its
             proof; the model is then what it was (or, with ``reversible=False``, partly converted: the message says so).
-        PrepareError: for NaN weights, or a static scheme without calibration.
+        PrepareError: for NaN weights, or static schemes without calibration; it names all of these.
 
     Example::
 
@@ -183,6 +184,7 @@ def _check_same_plan(model: nn.Module, plan: Plan | PolicyLike) -> None:
 def _ready(model: nn.Module, dtype: torch.dtype | None) -> dict[str, nn.Module]:
     """Check all that can be checked before anything changes; the layers by name."""
     layers = prepared_layers(model)
+    check_observed(model)
     for name, layer in layers.items():
         quantizer: LayerQuantizer = getattr(layer, ATTRIBUTE)
         weight = layer._parameters.get("weight")
@@ -194,7 +196,6 @@ def _ready(model: nn.Module, dtype: torch.dtype | None) -> dict[str, nn.Module]:
         if weight.device.type == "meta":
             raise ConversionError(f"{name} is on the meta device: load its weights before converting")
         check_finite(name, weight)
-        quantizer.activation_scale()
         if quantizer.scheme.is_integer:
             choice = choose(_spec(layer, quantizer, weight, dtype))
             if choice.refusal is not None:
@@ -273,7 +274,8 @@ def _with_kernels(plan: Plan, layers: Mapping[str, nn.Module]) -> Plan:
             )
             kernel, leader = kernel_named(weight.kernel_name), layers.get(entry.tied_to or "")
             shared = leader is not None and leader._parameters["weight"] is weight
-            size = 0 if shared else kernel.nbytes(spec)
+            scaled = 0 if weight.input_scale is None else weight.input_scale.nbytes
+            size = 0 if shared else kernel.nbytes(spec) + scaled
             entry = replace(entry, kernel=kernel.name, note=choose(spec).note, bytes_after=size)
         entries.append(entry)
     return Plan(tuple(entries), plan.model)

@@ -1,7 +1,8 @@
 """Converted models on disk: one safetensors file, no pickle, read back to the same integers.
 
 An integer weight ``X`` is stored as ``X.q`` (rows packed to their bits), ``X.scale`` (bf16, exact), and where it has
-them ``X.zero_point`` (uint8) and ``X.activation_scale`` (float32): portable rows, whatever layout the kernel here uses.
+them ``X.zero_point`` (uint8), ``X.activation_scale`` (float32) and ``X.input_scale`` (float32, one per input feature:
+inputs are divided by it, the integers are of the weight times it): portable rows, whatever layout the kernel here uses.
 The header's one entry, ``qat_plugin``, is the SHA-256 (64 hexadecimal digits) of the JSON that follows it: the scheme,
 shape, type, orientation and use of each, which names are tied, which norms folded, the plan, the proof, and a SHA-256
 of the tensors. One entry, because safetensors writes several in a random order: the same model gives the same bytes.
@@ -162,6 +163,7 @@ def _parts(weight: QuantizedWeight) -> dict[str, Tensor]:
         "scale": integers.scale.to(SCALE_DTYPE),
         "zero_point": integers.zero_point,
         "activation_scale": weight.activation_scale,
+        "input_scale": weight.input_scale,
     }
     return {name: value.detach().cpu().clone().contiguous() for name, value in parts.items() if value is not None}
 
@@ -231,7 +233,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _is_part(name: str, weights: Mapping[str, Tensor]) -> bool:
     stem, _, part = name.rpartition(".")
-    return part in ("q", "scale", "zero_point", "activation_scale") and stem in weights
+    return part in ("q", "scale", "zero_point", "activation_scale", "input_scale") and stem in weights
 
 
 def _assemble(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
@@ -245,6 +247,9 @@ def _assemble(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]
     groups = (1, 1) if scheme.per_tensor else (rows, columns // (scheme.group_size or columns))
     if scale.shape != groups:
         raise ValueError(f"{name}.scale has shape {tuple(scale.shape)}, not {groups}")
+    input_scale = tensors.get(f"{name}.input_scale")
+    if input_scale is not None and input_scale.shape != (columns,):
+        raise ValueError(f"{name}.input_scale has shape {tuple(input_scale.shape)}, not {(columns,)}")
     q = unpack(packed, scheme.weight_bits, columns, signed=scheme.symmetric)
     return QuantizedWeight.from_integers(
         Quantized(q, scale, tensors.get(f"{name}.zero_point"), scheme),
@@ -253,6 +258,7 @@ def _assemble(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]
         usage=entry["usage"],
         conv=ConvShape(tuple(map(int, entry["conv"])), int(entry["groups"])) if "conv" in entry else None,
         activation_scale=tensors.get(f"{name}.activation_scale"),
+        input_scale=input_scale,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 
 import torch
@@ -178,15 +179,23 @@ class LayerConversion:
             self.quantizer.layer.name,
             str(self.quantizer.scheme),
             kernel,
-            largest_difference(converted, expected),
+            largest_difference(converted, expected) if self._divides_alike(converted) else math.inf,
             relative_error(output, reference),
             max(tolerances),
             "real" if real else "random",
         )
 
+    def _divides_alike(self, converted: QuantizedWeight | CastWeight) -> bool:
+        """Whether the converted layer divides its input by what the prepared one does."""
+        mine, theirs = self.quantizer.input_scale, getattr(converted, "input_scale", None)
+        return mine is theirs or (mine is not None and theirs is not None and torch.equal(mine, theirs))
+
 
 def largest_difference(converted: QuantizedWeight | CastWeight, expected: Tensor) -> float:
-    """max |converted - expected| over the numbers of a weight in its module's orientation; a part at a time."""
+    """max |converted - expected| over the numbers of a weight in its module's orientation; a part at a time.
+
+    Where there is an input scale, both are the weight times it: what the integers stand for.
+    """
     if isinstance(converted, CastWeight):
         parts = ((converted.data_[rows].to(expected.dtype), expected[rows]) for rows in row_chunks(expected))
     else:
@@ -214,6 +223,7 @@ def converted_weight(layer: nn.Module, quantizer: LayerQuantizer, weight: Tensor
         usage=quantizer.layer.usage,  # type: ignore[arg-type]
         conv=conv_shape(layer, weight),
         activation_scale=quantizer.activation_scale(),
+        input_scale=quantizer.input_scale,
     )
     return nn.Parameter(quantized, requires_grad=False)
 
@@ -275,7 +285,8 @@ def sharing_keys(layers: Mapping[str, nn.Module]) -> dict[str, tuple[object, ...
         for name in names:
             scheme = mine[name].scheme
             if not isinstance(layers[name], nn.Embedding):
-                treatment[name] = name if scheme.static else scheme.activation_bits
+                own = scheme.static or mine[name].input_scale is not None
+                treatment[name] = name if own else scheme.activation_bits
         first = next(iter(treatment.values()), None)
         for name in names:
             keys[name] = (*key, treatment.get(name, first))

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from qat_plugin.errors import CheckpointError, ConversionError
 from qat_plugin.kernels.weight import CastWeight, QuantizedWeight, is_converted_weight
 from qat_plugin.numerics import learned_scale, quantize, round_to_nearest
-from qat_plugin.observers import scale_of
+from qat_plugin.observers.factory import observed_scale
+from qat_plugin.observers.spelling import DEFAULT_FOR_TRAINING
 from qat_plugin.policy import Candidate, candidates
 from qat_plugin.qat.folded import fold_state_dict, folds
 from qat_plugin.qat.folding import fold_names
+from qat_plugin.qat.state import observer_in
 from qat_plugin.scheme import Scheme
 
 
@@ -34,19 +36,24 @@ def requantize_on_load(module: nn.Module, state_dict: dict[str, Any], prefix: st
 
 
 @torch.no_grad()
-def like(current: Tensor, weight: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+def like(current: Tensor, weight: Tensor, state: Mapping[str, Tensor], observer: str = DEFAULT_FOR_TRAINING) -> Tensor:
     """A float weight in the representation of a converted one.
 
     Args:
         current: the converted weight it takes the place of.
         weight: float, of the same logical shape.
         state: that layer's entry of a quantizer state; its learned or frozen scales are used when it has any.
+        observer: what observed the activations of that state.
     """
     weight = weight.detach().to(current.device)
     if isinstance(current, CastWeight):
         return CastWeight(weight.to(current.data_.dtype), current.logical_dtype)
     assert isinstance(current, QuantizedWeight)
     rows, scheme = current.rows_of(weight), current.scheme
+    input_scale = current.input_scale
+    if input_scale is not None:
+        input_scale = state.get("input_scale", input_scale).to(rows.device)
+        rows = rows * input_scale
     if "frozen_scale" in state:
         integers = quantize(rows, *_on(rows, state["frozen_scale"], state.get("frozen_zero_point")), scheme)
     elif "scale" in state:
@@ -55,7 +62,7 @@ def like(current: Tensor, weight: Tensor, state: Mapping[str, Tensor]) -> Tensor
         integers = round_to_nearest(rows, scheme)
     activation_scale = current.activation_scale
     if "absmax" in state and activation_scale is not None:
-        activation_scale = scale_of(state["absmax"]).to(activation_scale.device)
+        activation_scale = observed_scale(observer, state).to(activation_scale.device)
     return QuantizedWeight.from_integers(
         integers,
         current.logical_dtype,
@@ -63,6 +70,7 @@ def like(current: Tensor, weight: Tensor, state: Mapping[str, Tensor]) -> Tensor
         usage=current.usage,
         conv=current.conv,
         activation_scale=activation_scale,
+        input_scale=input_scale,
         kernel=current.kernel_name,
     )
 
@@ -75,7 +83,7 @@ def dequantized_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The float state_dict of a converted model: its integers as the numbers they stand for.
 
     It loads into the user's own float model, without this package; quantizing it again gives the same integers where
-    the scales are min-max ones.
+    the scales are min-max ones and no layer has an input scale (by which its numbers are divided here).
     """
     return {
         name: tensor.dequantize() if is_converted_weight(tensor) else tensor
@@ -111,6 +119,7 @@ def reload_float(
             "of another shape"
         )
     states = _states(quantizer_state, layers)
+    observer = DEFAULT_FOR_TRAINING if quantizer_state is None else observer_in(quantizer_state)
     merged: dict[str, Tensor] = dict(state_dict)
     for fold, (layer, norm) in zip(folds(model), fold_names(model), strict=True):  # of before the fold, it may be
         fold_state_dict(fold, merged, f"{layer}.", f"{norm}.")
@@ -119,7 +128,7 @@ def reload_float(
         current = candidate.module._parameters["weight"]
         assert current is not None
         if not is_converted_weight(merged[key]):
-            merged[key] = like(current, merged[key], states.get(name, {}))
+            merged[key] = like(current, merged[key], states.get(name, {}), observer)
     model.load_state_dict(merged)
 
 
@@ -144,6 +153,12 @@ def _states(state: Mapping[str, Any] | None, layers: Mapping[str, Candidate]) ->
             continue
         if Scheme.parse(schemes[name] or "fp32").weight_format != weight.scheme.weight_format:
             raise CheckpointError(f"{name} is {weight.scheme} here, {schemes[name]} in the quantizer state")
+        if ("input_scale" in entries[name]) != (weight.input_scale is not None):
+            there_or_not = "has" if "input_scale" in entries[name] else "lacks"
+            raise CheckpointError(
+                f"{name}: the quantizer state {there_or_not} an input scale, the converted layer does the opposite; "
+                "convert a model prepared from that checkpoint"
+            )
         here = tuple(weight.integers().scale.shape)
         for key in ("scale", "frozen_scale"):
             there = _shape(entries[name].get(key))

@@ -97,7 +97,8 @@ class AtenInt4(Kernel):
 
     def linear(self, x: Tensor, weight: QuantizedWeight) -> Tensor:
         """By tinygemm up to ``few_rows`` rows, by a float product above."""
-        if x.shape[0] > self.few_rows or x.dtype != torch.bfloat16:
+        takes = x.dtype == torch.bfloat16 or weight.scheme.quantizes_activations  # their integers are exact in bf16
+        if x.shape[0] > self.few_rows or not takes:
             if weight.scheme.quantizes_activations:
                 x = fake_quantize_activation(x)
             return F.linear(x, self.unpack(weight).dequantize(x.dtype))

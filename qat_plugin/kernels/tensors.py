@@ -29,6 +29,8 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
     Attributes:
         data_, scale, zero_point: the kernel's tensors.
         activation_scale: float32 scalar of a static scheme, else ``None``.
+        input_scale: float32 [in_features] that inputs are divided by, or ``None``; the integers are of the weight times
+            it.
         kernel_name, spelling: the kernel and the scheme.
         logical_shape: [out, in] ([in, out] when ``transposed``; a convolution's [out, in / groups, *kernel]), what
             ``.shape`` says.
@@ -38,7 +40,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
     """
 
     tensor_data_names = ["data_", "scale"]  # noqa: RUF012  (torchao reads and copies these lists)
-    optional_tensor_data_names = ["zero_point", "activation_scale"]  # noqa: RUF012
+    optional_tensor_data_names = ["zero_point", "activation_scale", "input_scale"]  # noqa: RUF012
     tensor_attribute_names = [  # noqa: RUF012
         "kernel_name", "spelling", "logical_shape", "logical_dtype", "transposed", "usage", "groups",
     ]  # fmt: skip
@@ -47,6 +49,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
     scale: Tensor
     zero_point: Tensor | None
     activation_scale: Tensor | None
+    input_scale: Tensor | None
 
     @staticmethod
     def __new__(
@@ -62,6 +65,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
         groups: int = 1,
         zero_point: Tensor | None = None,
         activation_scale: Tensor | None = None,
+        input_scale: Tensor | None = None,
     ) -> QuantizedWeight:
         """An empty shell of the logical shape and type."""
         return torch.Tensor._make_wrapper_subclass(
@@ -81,6 +85,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
         groups: int = 1,
         zero_point: Tensor | None = None,
         activation_scale: Tensor | None = None,
+        input_scale: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.data_ = data_
@@ -94,6 +99,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
         self.groups = groups
         self.zero_point = zero_point
         self.activation_scale = activation_scale
+        self.input_scale = input_scale
 
     @classmethod
     def from_integers(
@@ -105,6 +111,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
         usage: Usage = "linear",
         conv: ConvShape | None = None,
         activation_scale: Tensor | None = None,
+        input_scale: Tensor | None = None,
         kernel: str | None = None,
     ) -> QuantizedWeight:
         """Pack integers for the best kernel of their device.
@@ -116,6 +123,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
             usage: how the weight is read.
             conv: shape and groups of a convolution's weight (``usage="conv"``).
             activation_scale: float32 scalar, for static schemes.
+            input_scale: float32 [in_features], when the integers are of the weight times it.
             kernel: a kernel's name, instead of the table's choice.
 
         Raises:
@@ -131,7 +139,8 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
         shape = conv.weight if conv is not None else (columns, rows) if transposed else (rows, columns)
         return cls(
             packed.data, packed.scale, name, str(quantized.scheme), shape, dtype, transposed, usage,
-            1 if conv is None else conv.groups, zero_point=packed.zero_point, activation_scale=activation_scale,
+            1 if conv is None else conv.groups,
+            zero_point=packed.zero_point, activation_scale=activation_scale, input_scale=input_scale,
         )  # fmt: skip
 
     @property
@@ -162,12 +171,19 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
         return weight.t() if self.transposed else weight.flatten(1)
 
     def integers(self) -> Quantized:
-        """The integers, scales and zero points, [out_features, in_features], unpacked exactly."""
+        """The integers, scales and zero points, [out_features, in_features], unpacked exactly.
+
+        With an input scale they stand for the weight times it.
+        """
         return kernel_named(self.kernel_name).unpack(self)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The float weight it stands for, in the module's orientation."""
-        weight = self.integers().dequantize(dtype or self.logical_dtype)
+        dtype = dtype or self.logical_dtype
+        if self.input_scale is None:
+            weight = self.integers().dequantize(dtype)
+        else:
+            weight = (self.integers().dequantize() / self.input_scale).to(dtype)
         return weight.t() if self.transposed else weight.reshape(self.logical_shape)
 
     def repack(self, device: torch.device, dtype: torch.dtype) -> QuantizedWeight:
@@ -179,14 +195,14 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
             None if quantized.zero_point is None else quantized.zero_point.to(device),
             quantized.scheme,
         )
-        activation_scale = None if self.activation_scale is None else self.activation_scale.to(device)
         return type(self).from_integers(
             moved,
             dtype,
             transposed=self.transposed,
             usage=self.usage,
             conv=self.conv,
-            activation_scale=activation_scale,
+            activation_scale=None if self.activation_scale is None else self.activation_scale.to(device),
+            input_scale=None if self.input_scale is None else self.input_scale.to(device),
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedWeight:
@@ -206,6 +222,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
             self.transposed,
             self.usage,
             _is_parameter(self),
+            self.input_scale,
             self.conv,
         )
 
@@ -260,11 +277,18 @@ def _from_parts(
     transposed: bool,
     usage: Usage,
     parameter: bool,
+    input_scale: Tensor | None = None,  # pickles of older versions have neither
     conv: ConvShape | None = None,
 ) -> Tensor:
     quantized = Quantized(q, scale, zero_point, Scheme.parse(spelling))
     weight = QuantizedWeight.from_integers(
-        quantized, dtype, transposed=transposed, usage=usage, conv=conv, activation_scale=activation_scale
+        quantized,
+        dtype,
+        transposed=transposed,
+        usage=usage,
+        conv=conv,
+        activation_scale=activation_scale,
+        input_scale=input_scale,
     )
     return torch.nn.Parameter(weight, requires_grad=False) if parameter else weight
 

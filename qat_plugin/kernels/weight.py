@@ -19,6 +19,7 @@ from qat_plugin.errors import ConversionError
 from qat_plugin.kernels.convolution import convolve
 from qat_plugin.kernels.table import kernel_named
 from qat_plugin.kernels.tensors import CastWeight, QuantizedWeight, is_converted_weight
+from qat_plugin.numerics import divided_input
 
 __all__ = ["CastWeight", "QuantizedWeight", "is_converted_weight"]
 
@@ -46,10 +47,13 @@ def _product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
         raise RuntimeError(
             f"input has {x.shape[-1]} features (shape {tuple(x.shape)}), {weight!r} takes {weight.in_features}"
         )
+    divided = x if weight.input_scale is None else divided_input(x, weight.input_scale, weight.scheme)
     if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
         x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if bias is None else bias.to(x.dtype)
-    tokens = x.reshape(-1, x.shape[-1])
+        if weight.input_scale is None or not weight.scheme.quantizes_activations:
+            divided = divided.to(x.dtype)
+    tokens = divided.reshape(-1, x.shape[-1])
     if tokens.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], weight.out_features)
     kernel = kernel_named(weight.kernel_name)
@@ -57,7 +61,7 @@ def _product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
         y = kernel.linear(tokens, weight) + bias
     else:
         y = kernel.biased(tokens, weight, bias)
-    return y.reshape(*x.shape[:-1], weight.out_features)
+    return y.to(x.dtype).reshape(*x.shape[:-1], weight.out_features)
 
 
 def _linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:

@@ -30,7 +30,7 @@ def progressing(progress: Progress | bool, description: str, total: int | None) 
     """
     if callable(progress):
         yield lambda done: progress(done, total)
-    elif not progress or _rank() != 0:
+    elif not progress or not is_rank_zero():
         yield lambda done: None
     elif sys.stderr.isatty():
         with _bar(description, total) as advance:
@@ -74,7 +74,8 @@ def _lines(description: str, total: int | None) -> Callable[[int], None]:
     return advance
 
 
-def _rank() -> int:
+def is_rank_zero() -> bool:
+    """Whether this process speaks for all of them."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return 0
+        return torch.distributed.get_rank() == 0
+    return True

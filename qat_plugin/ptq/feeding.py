@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,26 +16,35 @@ _NOT_INPUTS = frozenset({"labels", "label", "target", "targets"})
 
 
 def feed(model: nn.Module, batch: Any) -> Any:
-    """Run a model on the inputs of one batch, on the model's device.
+    """Run a model on the inputs of one batch, on the model's device; see :func:`arguments` for the batch's form."""
+    args, kwargs = arguments(model, batch)
+    return model(*args, **kwargs)
+
+
+def arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a model is called with on one batch, on the model's device.
 
     Args:
         model: any module.
         batch: a tensor; a tuple or list whose first entry is the input; or a mapping, of which the entries that the
             model's ``forward`` takes are passed by name (labels are not: nothing here needs a loss).
 
+    Returns:
+        ``(args, kwargs)``.
+
     Raises:
         DataError: when a mapping has no entry that ``forward`` takes, or a batch has another form.
     """
     device = device_of(model)
     if isinstance(batch, Mapping):
-        return model(**{name: _moved(value, device) for name, value in _known(model, batch).items()})
+        return (), {name: _moved(value, device) for name, value in _known(model, batch).items()}
     if isinstance(batch, (tuple, list)) and batch:
         batch = batch[0]
     if not isinstance(batch, Tensor):
         raise DataError(
             f"a calibration batch is a tensor, (inputs, targets) or a mapping of inputs, not {type(batch).__name__}"
         )
-    return model(_moved(batch, device))
+    return (_moved(batch, device),), {}
 
 
 def _known(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,17 +65,3 @@ def _known(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 def _moved(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
-
-
-def checked(batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches in their order.
-
-    Raises:
-        DataError: when there is none.
-    """
-    empty = True
-    for batch in batches:
-        empty = False
-        yield batch
-    if empty:
-        raise DataError("there is no calibration data: the batches are empty; give at least one")

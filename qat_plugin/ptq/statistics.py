@@ -18,6 +18,8 @@ class InputStatistics:
             (arXiv:2210.17323, section 3.1). Empty when it was not asked for.
         sum_abs: sum of |x|, float64 [K] (AWQ's activation magnitude, arXiv:2306.00978).
         absmax: greatest |x|, float32 [K] (SmoothQuant's, arXiv:2211.10438).
+        drift: sum of (x_f - x) x^T, float32 [K, K], where x_f is what the float model gives to the layer; ``None``
+            unless it was gathered.
         rows: number of rows seen.
     """
 
@@ -27,6 +29,7 @@ class InputStatistics:
     sum_abs: Tensor = field(init=False)
     absmax: Tensor = field(init=False)
     rows: int = 0
+    drift: Tensor | None = None
 
     def __post_init__(self) -> None:
         size = self.in_features if self.hessian else 0
@@ -35,14 +38,19 @@ class InputStatistics:
         self.absmax = torch.zeros(self.in_features)
 
     @torch.no_grad()
-    def add(self, x: Tensor) -> None:
-        """Take inputs [..., in_features] into account."""
+    def add(self, x: Tensor, float_x: Tensor | None = None) -> None:
+        """Take inputs [..., in_features] into account, and beside them those of the float model."""
         rows = x.detach().reshape(-1, self.in_features).to(torch.float32)
         if not len(rows):
             return
         self.to(rows.device)
         if self.hessian:
             self.second_moment.addmm_(rows.t(), rows)
+            if float_x is not None:
+                if self.drift is None:
+                    self.drift = torch.zeros_like(self.second_moment)
+                beside = float_x.detach().reshape(-1, self.in_features).to(rows.device, torch.float32)
+                self.drift.addmm_((beside - rows).t(), rows)
         magnitude = rows.abs()
         self.sum_abs += magnitude.sum(0, dtype=torch.float64)
         self.absmax = torch.maximum(self.absmax, magnitude.amax(0))
@@ -54,6 +62,34 @@ class InputStatistics:
             self.second_moment, self.sum_abs = self.second_moment.to(device), self.sum_abs.to(device)
             self.absmax = self.absmax.to(device)
         return self
+
+    def synchronize(self) -> None:
+        """Sum up over all ranks, where there are several; every rank calls it."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        gathered = torch.tensor(float(self.rows), dtype=torch.float64, device=self.sum_abs.device)
+        for part in (self.second_moment, self.sum_abs, gathered, *(() if self.drift is None else (self.drift,))):
+            torch.distributed.all_reduce(part)
+        torch.distributed.all_reduce(self.absmax, torch.distributed.ReduceOp.MAX)
+        self.rows = int(gathered)
+
+    @property
+    def mean_square(self) -> Tensor:
+        """Mean x^2 of each feature, float32 [K]."""
+        return self.second_moment.diagonal() / max(self.rows, 1)
+
+    @torch.no_grad()
+    def divide(self, scale: Tensor) -> None:
+        """Make these the sums over x / scale, in place.
+
+        Args:
+            scale: float32 [in_features], positive.
+        """
+        scale = scale.to(self.absmax)
+        if self.hessian:
+            self.second_moment.div_(scale).div_(scale.unsqueeze(1))
+        self.sum_abs /= scale
+        self.absmax = self.absmax / scale
 
     @property
     def mean_abs(self) -> Tensor:

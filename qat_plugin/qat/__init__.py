@@ -2,7 +2,7 @@
 
 from qat_plugin.qat.folded import folds
 from qat_plugin.qat.folding import fold_norms
-from qat_plugin.qat.held import hold
+from qat_plugin.qat.held import hold, set_input_scale
 from qat_plugin.qat.prepare import (
     get_phase,
     is_prepared,
@@ -16,7 +16,15 @@ from qat_plugin.qat.prepare import (
 from qat_plugin.qat.quantizer import LayerQuantizer, Phase
 from qat_plugin.qat.reuse import WeightReuse, reusing_weights
 from qat_plugin.qat.state import load_quantizer_state, quantizer_state
-from qat_plugin.qat.watching import calibrating, capture_inputs
+from qat_plugin.qat.watching import (
+    calibrating,
+    capture_inputs,
+    check_observed,
+    observe_with,
+    observer_of,
+    observing,
+    synchronize_observers,
+)
 
 __all__ = [
     "LayerQuantizer",
@@ -24,18 +32,24 @@ __all__ = [
     "WeightReuse",
     "calibrating",
     "capture_inputs",
+    "check_observed",
     "fold_norms",
     "folds",
     "get_phase",
     "hold",
     "is_prepared",
     "load_quantizer_state",
+    "observe_with",
+    "observer_of",
+    "observing",
     "plan_of",
     "prepare",
     "prepared_layers",
     "quantizer_state",
     "quantizers",
     "reusing_weights",
+    "set_input_scale",
     "set_phase",
+    "synchronize_observers",
     "unprepare",
 ]

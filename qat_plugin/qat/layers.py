@@ -110,7 +110,8 @@ class _OwnForward(FakeQuantized):
 
     def _with_input(self, weight: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the forward; INT8 activations are rounded where they meet the weight, as the kernel will."""
-        if not self.fake_quantizer.scheme.quantizes_activations:
+        quantizer = self.fake_quantizer
+        if not quantizer.scheme.quantizes_activations and quantizer.input_scale is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         with _AtTheProduct(self.fake_quantizer, weight) as product:
             result = super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -119,8 +120,9 @@ class _OwnForward(FakeQuantized):
         layer = self.fake_quantizer.layer
         raise PrepareError(
             f"{layer.name} ({base_class(self).__name__}): its forward does not call F.linear(x, self.weight) (or "
-            f"F.conv1d, F.conv2d), so that {layer.scheme} cannot round its activations. Keep this layer or give it a "
-            "weight-only scheme"
+            f"F.conv1d, F.conv2d), so that {layer.scheme} cannot "
+            f"{'round' if quantizer.scheme.quantizes_activations else 'divide'} its activations. "
+            "Keep this layer or give it a weight-only scheme (without an input scale)"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from qat_plugin.errors import PrepareError
+from qat_plugin.observers.spelling import DEFAULT_FOR_TRAINING, ObserverSpec
 from qat_plugin.policy import Plan, Policy, PolicyLike
 from qat_plugin.qat.checks import check_materialised, check_untouched, planned_layers
 from qat_plugin.qat.folded import folds, unmark
@@ -27,6 +28,7 @@ def prepare(
     *,
     learn_scales: bool = False,
     phase: Phase = Phase.FAKE_QUANTIZED,
+    observer: str | ObserverSpec = DEFAULT_FOR_TRAINING,
 ) -> nn.Module:
     """Insert fake quantization into a model, in place.
 
@@ -40,6 +42,8 @@ def prepare(
         plan: a Plan for this model, or whatever :class:`~qat_plugin.policy.Policy` takes.
         learn_scales: make the scales Parameters (LSQ, arXiv:1902.08153) of ``model``.
         phase: the phase to start in.
+        observer: what static schemes calibrate their activations with: ``minmax``, ``moving-average`` (``:momentum``),
+            ``percentile`` (``:99.99``), ``mse`` or ``entropy``.
 
     Returns:
         ``model``.
@@ -48,6 +52,7 @@ def prepare(
         PrepareError: when the model is already prepared or converted, when the plan is another model's or changes
             nothing, when a weight holds NaN or infinity, when the plan holds a scheme that cannot be trained.
         PolicyError: when a policy does not fit the model.
+        ConfigError: for an unknown observer.
 
     Example::
 
@@ -55,7 +60,7 @@ def prepare(
         ...  # train as ever
         convert(model)
     """
-    phase = as_phase(phase)
+    phase, observer = as_phase(phase), ObserverSpec.parse(observer)
     check_untouched(model)
     if not isinstance(plan, Plan):
         plan = Policy.coerce(plan).plan(model)
@@ -68,6 +73,7 @@ def prepare(
         quantizers[entry.name] = LayerQuantizer(
             entry, plan, module.weight,  # type: ignore[arg-type]
             transposed=transposed(module), learn_scales=learn_scales, share=quantizers.get(entry.tied_to or ""),
+            observer=observer,
         )  # fmt: skip
     for name, quantizer in quantizers.items():
         weight = layers[name].weight

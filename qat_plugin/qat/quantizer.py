@@ -10,17 +10,21 @@ import torch
 from torch import Tensor, nn
 
 import qat_plugin.fused as fused
-from qat_plugin.errors import CheckpointError, PrepareError
+from qat_plugin.errors import CheckpointError, DataError, PrepareError
 from qat_plugin.numerics import (
     Quantized,
     choose_qparams,
+    divided_input,
     fake_cast,
     fake_quantize_learned,
     learned_scale,
     quantize,
 )
-from qat_plugin.observers import AbsMaxObserver
+from qat_plugin.observers.factory import make_observer
+from qat_plugin.observers.observer import Observer
+from qat_plugin.observers.spelling import DEFAULT_FOR_TRAINING, ObserverSpec
 from qat_plugin.policy import LayerPlan, Plan
+from qat_plugin.qat.input_scale import wrong_input_scale
 from qat_plugin.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -50,12 +54,18 @@ class LayerQuantizer(nn.Module):
         transposed: the module's weight is [in_features, out_features].
         learn_scales: make the scales a Parameter (LSQ), initialised from the weight.
         share: the quantizer of the layer this one is tied to; their learned scales are one Parameter.
+        observer: what a static scheme calibrates its activations with.
+
+    Attributes:
+        input_scale: float32 [in_features], positive, or ``None``. With it the forward pass is ``x / s`` times the
+            fake-quantized ``W s``; the weight itself stays the float model's.
     """
 
     scale: Tensor | None
     zero_point: Tensor | None
     frozen_scale: Tensor | None
     frozen_zero_point: Tensor | None
+    input_scale: Tensor | None
 
     def __init__(
         self,
@@ -66,6 +76,7 @@ class LayerQuantizer(nn.Module):
         transposed: bool,
         learn_scales: bool,
         share: LayerQuantizer | None = None,
+        observer: str | ObserverSpec = DEFAULT_FOR_TRAINING,
     ) -> None:
         super().__init__()
         assert layer.scheme is not None
@@ -74,8 +85,8 @@ class LayerQuantizer(nn.Module):
         self.phase = Phase.FLOAT
         self.observe_always = False
         self.reuse: WeightReuse | None = None
-        self.observer = _hidden(AbsMaxObserver()) if self.scheme.static else None
-        for name in ("zero_point", "frozen_scale", "frozen_zero_point"):
+        self.observer = _hidden(make_observer(observer)) if self.scheme.static else None
+        for name in ("zero_point", "frozen_scale", "frozen_zero_point", "input_scale"):
             self.register_buffer(name, None, persistent=False)
         self.register_parameter("scale", None)
         if learn_scales and self.scheme.is_integer:
@@ -108,8 +119,18 @@ class LayerQuantizer(nn.Module):
         """Rows in the orientation and shape of ``weight``: the inverse of :meth:`rows`."""
         return rows.t() if self.transposed else rows.reshape(weight.shape)
 
+    def scaled_rows(self, weight: Tensor) -> Tensor:
+        """What the integers are taken of, [out_features, in_features]: the rows, times the input scale in float32."""
+        rows = self.rows(weight)
+        return rows if self.input_scale is None else rows * self.input_scale
+
     def fake_weight(self, rows: Tensor) -> Tensor:
-        """Fake-quantized [rows, in_features]; differentiable."""
+        """Fake-quantized [rows, in_features], of ``W s`` where there is an input scale; differentiable."""
+        if self.input_scale is None:
+            return self._on_grid(rows)
+        return self._on_grid(rows * self.input_scale).to(rows.dtype)
+
+    def _on_grid(self, rows: Tensor) -> Tensor:
         if self.scheme.is_float:
             return fake_cast(rows, self.scheme.float_dtype)
         if self.frozen_scale is not None:
@@ -142,7 +163,17 @@ class LayerQuantizer(nn.Module):
             packed = self.fake_input(torch.cat(sequences))
             parts = packed.split([len(sequence) for sequence in sequences])
             return torch.nested.as_nested_tensor(list(parts), layout=x.layout)
+        if self.input_scale is not None:
+            return self._fake_divided(x, self.input_scale)
         self.observe(x)
+        return self._fake_activation(x)
+
+    def _fake_divided(self, x: Tensor, input_scale: Tensor) -> Tensor:
+        divided = divided_input(x, input_scale, self.scheme)
+        self.observe(divided)
+        return self._fake_activation(divided).to(x.dtype) if self.active else x
+
+    def _fake_activation(self, x: Tensor) -> Tensor:
         if not self.scheme.quantizes_activations or not self.active or not x.is_floating_point():
             return x
         if self.observer is None:
@@ -153,11 +184,35 @@ class LayerQuantizer(nn.Module):
         """Let a static scheme see the input: in training and before freezing only.
 
         Gradient checkpointing repeats the forward pass inside the backward pass: that one does not count.
+
+        Raises:
+            DataError: for NaN or infinity; in training on an accelerator, which would have to wait for the answer,
+                :func:`~qat_plugin.qat.synchronize_observers` raises it after the batch.
         """
         if self.observer is None or self.phase in (Phase.FLOAT, Phase.FROZEN):
             return
         if self.observe_always or (self.training and torch._C._current_graph_task_id() == -1):
             self.observer(x)
+            if (self.observe_always or x.device.type == "cpu") and not torch.compiler.is_compiling():
+                self.check_observed()
+
+    def check_observed(self) -> None:
+        """Raise when the observer saw what no scale fits.
+
+        Raises:
+            DataError: naming the layer.
+        """
+        if self.observer is not None and not self.observer.is_finite:
+            raise DataError(
+                f"{self.layer.name} ({self.scheme}): its input holds NaN or infinity, for which there is no scale. "
+                "Look for a bad batch, a diverged loss or an overflow of fp16, and begin again from a checkpoint or a "
+                "fresh prepare(): what was observed so far is spoilt"
+            )
+
+    def observe_with(self, observer: str | ObserverSpec) -> None:
+        """Begin anew with an observer of this kind; nothing happens to schemes that are not static."""
+        if self.observer is not None:
+            self.observer = _hidden(make_observer(observer)).to(self.observer.absmax.device)
 
     def qparams(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """The scales and zero points in force for a weight as its module holds it."""
@@ -165,20 +220,22 @@ class LayerQuantizer(nn.Module):
             return self.frozen_scale, self.frozen_zero_point
         if self.scale is not None:
             return learned_scale(self.scale, self.scheme), self.zero_point
-        return choose_qparams(self.rows(weight), self.scheme)
+        return choose_qparams(self.scaled_rows(weight), self.scheme)
 
     def integers(self, weight: Tensor) -> Quantized:
         """The integers that the fake-quantized forward stands for."""
-        return quantize(self.rows(weight), *self.qparams(weight), self.scheme)
+        return quantize(self.scaled_rows(weight), *self.qparams(weight), self.scheme)
 
     def activation_scale(self) -> Tensor | None:
         """The calibrated scale of a static scheme, float32 scalar; ``None`` for others.
 
         Raises:
             PrepareError: when no activation was seen.
+            DataError: when one was NaN or infinite.
         """
         if self.observer is None:
             return None
+        self.check_observed()
         if not self.observer.has_data:
             raise PrepareError(
                 f"{self.layer.name} ({self.scheme}) saw no activation: calibrate it first, by training batches or by a "
@@ -205,11 +262,24 @@ class LayerQuantizer(nn.Module):
         self.frozen_scale, self.frozen_zero_point = scale.clone(), zero_point
         self.phase = Phase.FROZEN
 
+    def start_anew(self, weight: Tensor) -> None:
+        """Take scales from the weight as it is now, and forget the activations seen: one of them was rescaled."""
+        frozen, self.frozen_scale, self.frozen_zero_point = self.frozen_scale is not None, None, None
+        if self.scale is not None:
+            scale, self.zero_point = choose_qparams(self.scaled_rows(weight.detach()), self.scheme)
+            with torch.no_grad():
+                self.scale.copy_(scale)
+        if frozen:
+            self.enter(self.phase, weight)
+        if self.observer is not None:
+            self.observe_with(self.observer.spec)
+
     def export_state(self) -> dict[str, Tensor]:
         """Scales and observer statistics, as tensors on the CPU."""
-        tensors = {name: getattr(self, name) for name in ("scale", "zero_point", "frozen_scale", "frozen_zero_point")}
+        names = ("scale", "zero_point", "frozen_scale", "frozen_zero_point", "input_scale")
+        tensors = {name: getattr(self, name) for name in names}
         if self.observer is not None:
-            tensors |= {"absmax": self.observer.absmax, "batches": self.observer.batches}
+            tensors |= dict(self.observer.named_buffers())
         return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items() if tensor is not None}
 
     def check_state(self, state: Mapping[str, Tensor], phase: Phase) -> None:
@@ -225,15 +295,20 @@ class LayerQuantizer(nn.Module):
                 f"learn_scales={self.learns_scales}"
             )
         due = {key for key in ("scale", "zero_point") if getattr(self, key) is not None}
-        due |= set() if self.observer is None else {"absmax", "batches"}
+        watched = {} if self.observer is None else dict(self.observer.named_buffers())
+        due |= watched.keys()
         if phase is Phase.FROZEN and self.scheme.is_integer:
             due |= {"frozen_scale"} if self.scheme.symmetric else {"frozen_scale", "frozen_zero_point"}
-        if wrong := sorted(due ^ state.keys()):
+        if wrong := sorted(due ^ (state.keys() - {"input_scale"})):
             raise CheckpointError(
                 f"{name} ({self.scheme}): the checkpoint's {', '.join(wrong)} is missing or unexpected"
             )
         for key, value in state.items():
-            shape = () if key in ("absmax", "batches") else self.scale_shape
+            shape = tuple(watched[key].shape) if key in watched else self.scale_shape
+            if key == "input_scale" and isinstance(value, Tensor):
+                if wrong_scale := wrong_input_scale(self, value):
+                    raise CheckpointError(f"the checkpoint's input_scale: {wrong_scale}")
+                continue
             if not isinstance(value, Tensor) or tuple(value.shape) != shape:
                 given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise CheckpointError(f"{name}: the checkpoint's {key} has shape {given}, this layer's is {shape}")
@@ -243,12 +318,11 @@ class LayerQuantizer(nn.Module):
         if self.scale is not None:
             with torch.no_grad():
                 self.scale.copy_(state["scale"])
-        for name in ("zero_point", "frozen_scale", "frozen_zero_point"):
+        for name in ("zero_point", "frozen_scale", "frozen_zero_point", "input_scale"):
             value = state.get(name)
             setattr(self, name, None if value is None else value.detach().clone().to(device))
         if self.observer is not None:
-            self.observer.absmax.copy_(state["absmax"])
-            self.observer.batches.copy_(state["batches"])
+            self.observer.restore(state)
         self.phase = phase
 
     @property
@@ -282,7 +356,7 @@ class LayerQuantizer(nn.Module):
         return self
 
 
-def _hidden(observer: AbsMaxObserver) -> AbsMaxObserver:
+def _hidden(observer: Observer) -> Observer:
     """An observer that no state_dict shows and none has to fill."""
     for name, buffer in list(observer.named_buffers()):
         observer.register_buffer(name, buffer, persistent=False)

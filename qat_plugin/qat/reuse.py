@@ -47,17 +47,17 @@ class WeightReuse:
 
     def fake_weight(self, quantizer: LayerQuantizer, weight: Tensor) -> Tensor:
         """The fake-quantized rows of a Parameter, made anew if it or the scales changed; differentiable."""
-        sources = (weight, quantizer.frozen_scale, quantizer.frozen_zero_point)
+        sources = (weight, quantizer.frozen_scale, quantizer.frozen_zero_point, quantizer.input_scale)
         state = (quantizer.phase, torch.is_inference_mode_enabled(), *map(_state, sources))
         held = self._held.get(quantizer)
-        rows = quantizer.rows(weight)
+        rows = quantizer.scaled_rows(weight)
         if held is not None and held.state == state and all(map(operator.is_, held.sources, sources)):
             self.reused += 1
         else:
-            numbers, inside = fused.quantized(rows, quantizer.scheme, *sources[1:])
+            numbers, inside = fused.quantized(rows, quantizer.scheme, *sources[1:3])
             held = self._held[quantizer] = _Held(sources, state, numbers, inside)
             self.quantized += 1
-        return fused.straight_through(rows, held.numbers, held.inside)
+        return fused.straight_through(rows, held.numbers, held.inside).to(weight.dtype)
 
 
 def _state(tensor: Tensor | None) -> object:

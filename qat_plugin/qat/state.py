@@ -8,10 +8,12 @@ from typing import Any
 from torch import nn
 
 from qat_plugin.errors import CheckpointError, did_you_mean
+from qat_plugin.observers.spelling import DEFAULT_FOR_TRAINING
 from qat_plugin.qat.folding import fold_names, set_folds
 from qat_plugin.qat.layers import ATTRIBUTE, current_weight
 from qat_plugin.qat.prepare import get_phase, plan_of, quantizers, required_layers
 from qat_plugin.qat.quantizer import LayerQuantizer, Phase
+from qat_plugin.qat.watching import observer_of
 
 STATE_VERSION = 1
 
@@ -30,6 +32,7 @@ def quantizer_state(model: nn.Module) -> dict[str, Any]:
         "plan": plan_of(model).without_kernels().to_list(),
         "folded": fold_names(model),
         "layers": {name: quantizer.export_state() for name, quantizer in quantizers(model).items()},
+        **({} if (observer := observer_of(model)) is None else {"observer": str(observer)}),
     }
 
 
@@ -38,7 +41,7 @@ def load_quantizer_state(model: nn.Module, state: Mapping[str, Any]) -> None:
 
     Raises:
         PrepareError: when the model is not prepared.
-        CheckpointError: when the state's version, layers or schemes differ; nothing is changed then.
+        CheckpointError: when the state's version, layers, schemes or observer differ; nothing is changed then.
     """
     layers = required_layers(model)
     try:
@@ -55,11 +58,22 @@ def load_quantizer_state(model: nn.Module, state: Mapping[str, Any]) -> None:
         raise CheckpointError(f"this is not a quantizer state ({type(error).__name__}: {error})") from error
     mine: dict[str, LayerQuantizer] = {name: getattr(layer, ATTRIBUTE) for name, layer in layers.items()}
     _check_same_schemes(mine, theirs)
+    here = observer_of(model)
+    if here is not None and str(here) != (there := observer_in(state)):
+        raise CheckpointError(
+            f"the checkpoint's static schemes were observed by {there!r}, this model's are by {str(here)!r}: prepare "
+            f"it with observer={there!r}"
+        )
     for name, quantizer in mine.items():
         quantizer.check_state(states[name], phase)
     set_folds(model, folded)
     for name, quantizer in mine.items():
         quantizer.import_state(states[name], phase, current_weight(layers[name]).device)
+
+
+def observer_in(state: Mapping[str, Any]) -> str:
+    """What observed the static schemes of a quantizer state; those of earlier versions do not say."""
+    return str(state.get("observer", DEFAULT_FOR_TRAINING))
 
 
 def _check_same_schemes(mine: Mapping[str, LayerQuantizer], theirs: Mapping[str, str]) -> None:

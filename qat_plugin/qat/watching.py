@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat_plugin.errors import PrepareError
+from qat_plugin.observers.distributed import synchronize
+from qat_plugin.observers.spelling import ObserverSpec
 from qat_plugin.qat.layers import ATTRIBUTE, first_tensor
-from qat_plugin.qat.prepare import required_layers
-from qat_plugin.qat.quantizer import Phase
+from qat_plugin.qat.prepare import quantizers, required_layers
+from qat_plugin.qat.quantizer import LayerQuantizer, Phase
 
 _ROWS_KEPT = 64
 _IMAGES_KEPT = 4
@@ -21,7 +24,8 @@ _IMAGES_KEPT = 4
 def calibrating(model: nn.Module) -> Iterator[None]:
     """Let static schemes observe every forward pass inside, in eval mode too; layers compute in float meanwhile.
 
-    The phase and, when frozen, the weights' scales are afterwards what they were.
+    The phase and, when frozen, the weights' scales are afterwards what they were. With several ranks, call
+    :func:`synchronize_observers` afterwards.
 
     Raises:
         PrepareError: when the model is not prepared.
@@ -35,6 +39,66 @@ def calibrating(model: nn.Module) -> Iterator[None]:
     finally:
         for quantizer, phase in before.items():
             quantizer.phase, quantizer.observe_always = phase, False
+
+
+def observing(model: nn.Module) -> dict[str, LayerQuantizer]:
+    """Plan name -> quantizer of each layer whose scheme is static."""
+    return {name: quantizer for name, quantizer in quantizers(model).items() if quantizer.observer is not None}
+
+
+def observer_of(model: nn.Module) -> ObserverSpec | None:
+    """What the static schemes of a prepared model calibrate with; ``None`` when it has none."""
+    return next((q.observer.spec for q in observing(model).values() if q.observer is not None), None)
+
+
+def observe_with(model: nn.Module, observer: str | ObserverSpec) -> None:
+    """Begin calibration anew, with another observer.
+
+    Raises:
+        ConfigError: for an unknown observer.
+    """
+    observer = ObserverSpec.parse(observer)
+    for quantizer in observing(model).values():
+        quantizer.observe_with(observer)
+
+
+def synchronize_observers(model: nn.Module) -> None:
+    """Give all ranks the same statistics, and see that they are numbers.
+
+    Every rank calls it, at the same moments: after each training batch, at the end of a calibration, before freezing.
+    Lightning's callbacks and :func:`qat_plugin.calibrate` do. In one process it only checks.
+
+    Raises:
+        DataError: on every rank, when a layer's input was NaN or infinite on one; it names the layer.
+    """
+    static = observing(model)
+    observers = [quantizer.observer for quantizer in static.values() if quantizer.observer is not None]
+    if not observers:
+        return
+    synchronize(observers)
+    greatest = torch.stack([observer.absmax.amax().to(observers[0].absmax.device) for observer in observers])
+    if not bool(torch.isfinite(greatest).all()):  # one question to an accelerator, not one a layer
+        for quantizer in static.values():
+            quantizer.check_observed()
+
+
+def check_observed(model: nn.Module) -> None:
+    """Raise unless every static scheme has data to calibrate from.
+
+    Raises:
+        PrepareError: naming all layers that saw none.
+        DataError: naming a layer whose input was NaN or infinite.
+    """
+    blind = []
+    for name, quantizer in observing(model).items():
+        quantizer.check_observed()
+        if quantizer.observer is not None and not quantizer.observer.has_data:
+            blind.append(f"{name} ({quantizer.scheme})")
+    if blind:
+        raise PrepareError(
+            f"{', '.join(blind)} saw no activation: calibrate first, by training batches or by a forward pass inside "
+            "`with calibrating(model):`; keep in the policy what the model's forward does not run"
+        )
 
 
 @contextmanager

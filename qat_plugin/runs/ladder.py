@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
+import lightning as L
 import torch
 from torch import nn
 
@@ -18,10 +19,12 @@ from qat_plugin import report as reporting
 from qat_plugin.callbacks import ExactResume, QuantizationAwareTraining
 from qat_plugin.config.schema import Config
 from qat_plugin.policy import Plan
-from qat_plugin.qat import Phase, calibrating, load_quantizer_state, prepare, quantizer_state
+from qat_plugin.ptq import GptqOptions, calibrate, calibration_of
+from qat_plugin.qat import Phase, load_quantizer_state, prepare, quantizer_state
+from qat_plugin.qat.state import observer_in
 from qat_plugin.runs.atomic import replacing
 from qat_plugin.runs.rungs import Rungs
-from qat_plugin.runs.subject import name_prefix, network_of
+from qat_plugin.runs.subject import casting_inputs, name_prefix, network_of
 from qat_plugin.runs.training import LAST, read_checkpoint
 
 _QUANTIZERS: Final = "quantizers.pt"
@@ -44,7 +47,9 @@ class Ladder(Rungs):
         }
 
     def _ptq(self) -> None:
-        self._measure(reporting.PTQ, self._quantized(), "rounded to nearest, no training")
+        network = self._quantized()
+        how = "rounded to nearest" if self.config.ptq.method == "rtn" else calibration_of(network).summary()
+        self._measure(reporting.PTQ, network, f"{how}, no training")
 
     def _fine_tuned(self) -> None:
         module = self.subject.build()
@@ -54,7 +59,7 @@ class Ladder(Rungs):
 
     def _fine_tuned_ptq(self) -> None:
         weights = read_checkpoint(self._checkpoints("fine-tuned") / LAST)["state_dict"]
-        self._measure(reporting.FINE_TUNED_PTQ, self._quantized(weights))
+        self._measure(reporting.FINE_TUNED_PTQ, self._quantized("fine-tuned-ptq", weights))
 
     def _qat(self) -> None:
         module = self.subject.build_student()
@@ -77,21 +82,31 @@ class Ladder(Rungs):
         """The network of the QAT stage as training ended with it: float weights behind its own scales."""
         network = self._trained("qat")
         state = read_checkpoint(self._checkpoints("qat") / _QUANTIZERS)
-        prepare(network, self.plan, learn_scales=self.config.qat.learn_scales, phase=Phase.FLOAT)
+        options: dict[str, Any] = {"learn_scales": self.config.qat.learn_scales, "observer": observer_in(state)}
+        prepare(network, self.plan, phase=Phase.FLOAT, **options)
         load_quantizer_state(network, state)
         return network
 
-    def _quantized(self, weights: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
-        """A network with these weights (its first ones by default), rounded to nearest, static scales calibrated."""
-        module = self.subject.build()
+    def _quantized(self, stage: str = "ptq", weights: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
+        """A network with these weights (its first ones by default), quantized by the recipe's method without training.
+
+        Finished blocks are kept in the run's folder: a stopped run goes on there, and converting reads them.
+        """
+        module, ptq = self.subject.build(), self.config.ptq
         if weights is not None:
             module.load_state_dict(weights)
-        network = prepare(network_of(module).eval(), self.plan)
-        if any(layer.scheme is not None and layer.scheme.static for layer in self.plan.quantized):
-            with calibrating(network):
-                batches = self.subject.training_batches(self.config.ptq.calibration_batches)
-                self.subject.evaluate(network, None, batches)
-        return network
+        network = network_of(module).eval()
+        L.seed_everything(self.config.trainer.seed, workers=True, verbose=False)  # the same batches each time
+        with casting_inputs(network):
+            return calibrate(
+                network,
+                self.plan,
+                self.subject.training_batches(ptq.calibration_batches),
+                method=ptq.method,
+                observer=ptq.observer,
+                gptq=GptqOptions(ptq.damping, ptq.correct, ptq.act_order, sweeps=ptq.sweeps),
+                resume=None if ptq.method == "rtn" else self.folder.path / "calibration" / stage,
+            )
 
 
 def quantization_aware_training(config: Config, plan: Plan, prefix: str) -> QuantizationAwareTraining:
@@ -104,6 +119,7 @@ def quantization_aware_training(config: Config, plan: Plan, prefix: str) -> Quan
         start=config.qat.start,
         freeze=config.qat.freeze,
         learn_scales=config.qat.learn_scales,
+        observer=config.qat.observer,
         convert=False,
     )
 

@@ -61,7 +61,7 @@ class Subject:
         with ExitStack() as stack:
             for model in (network, reference):
                 if model is not None:
-                    stack.enter_context(_casting_inputs(model))
+                    stack.enter_context(casting_inputs(model))
             metrics: Metrics = measure(network, loader, reference=reference)
         return metrics
 
@@ -86,7 +86,7 @@ class Subject:
 
 
 @contextmanager
-def _casting_inputs(model: nn.Module) -> Iterator[None]:
+def casting_inputs(model: nn.Module) -> Iterator[None]:
     """Float inputs in the model's own float type, as Lightning's precision plugins and the timing give them."""
     dtype = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
 

@@ -81,7 +81,7 @@ torch.save(adapters(module), folder / "adapters.pt")
 
 @pytest.mark.slow
 def test_a_killed_process_resumes_to_equal_adapters(tmp_path: Path) -> None:
-    stop = random.Random(time.time_ns()).randrange(1, STEPS)
+    stop = random.Random(time.time_ns()).randrange(2, STEPS)  # the kill may come before the save of its step
     print(f"killed after step {stop}")
 
     def start(folder: Path, seed: int) -> subprocess.Popen[str]:

@@ -215,3 +215,10 @@ def test_every_field_of_the_schema_is_documented(compose: Compose) -> None:
     help = {key: text for key, _, text in keys_with_help()}
     assert set(asdict(compose())["trainer"]) == {key.split(".")[1] for key in help if key.startswith("trainer.")}
     assert all(help.values())
+
+
+def test_the_methods_of_the_command_are_those_of_the_room() -> None:
+    from qat_plugin.config.schema import PTQ_METHODS
+    from qat_plugin.ptq import METHODS
+
+    assert tuple(METHODS) == PTQ_METHODS

@@ -39,7 +39,12 @@ TINY = "recipe=qat_int4_tiny"
         (["policy.indivisible=maybe"], "one of divisor, keep, error"),
         (["policy.rules.ffn=3"], "policy.rules.ffn=3 is not allowed"),
         (["policy.keep=lm_head"], "policy.keep"),
-        (["ptq.method=gptq"], "ptq.method=gptq is not allowed"),
+        (["ptq.method=gpqt"], "ptq.method=gpqt is not allowed"),
+        (["ptq.observer=mes"], "ptq.observer=mes is not allowed: it is one of minmax, moving-average, percentile, mse"),
+        (
+            ["qat.observer=percentile:200"],
+            "qat.observer=percentile:200 is not allowed: percentile takes a number above",
+        ),
         (["task.stages=[qat,convert]"], "Did you mean 'converted'"),
         (["task.stages=[converted]"], "needs 'qat' or 'ptq'"),
         (["task.stages=[fine-tuned-ptq]"], "needs 'fine-tuned'"),

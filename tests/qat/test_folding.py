@@ -197,11 +197,11 @@ def test_a_checkpoint_says_what_is_folded() -> None:
     state, weights = quantizer_state(model), {k: v.clone() for k, v in model.state_dict().items()}
     other = residual()
     other.load_state_dict(weights)
-    prepare(other, "w8a8-static", phase=Phase.FLOAT)
+    prepare(other, "w8a8-static", phase=Phase.FLOAT, observer=state["observer"])
     load_quantizer_state(other, state)
     assert [fold.names for fold in folds(other)] == [fold.names for fold in folds(model)]
     assert torch.equal(other(x), model(x))
-    alive = prepare(residual(), "w8a8-static", phase=Phase.OBSERVING)
+    alive = prepare(residual(), "w8a8-static", phase=Phase.OBSERVING, observer=state["observer"])
     load_quantizer_state(other, quantizer_state(alive))
     assert not folds(other)
 

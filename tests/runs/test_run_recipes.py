@@ -37,8 +37,9 @@ QUICK_IMAGES = (
     "model.steps=4", "measure.latency_rounds=1",
 )  # fmt: skip
 LARGE = ("qlora_7b", "qlora_70b_one_gpu", "qlora_70b_48gb")
-TRAINED = {"ptq_tiny": "PTQ", "ptq_int8_cnn": "PTQ", "qlora_tiny": "merged, w4a16-g32", "qat_lora_tiny": "QAT + LoRA"}
+TRAINED = {"qlora_tiny": "merged, w4a16-g32", "qat_lora_tiny": "QAT + LoRA"}
 RECIPES = sorted(path.stem for path in recipes_folder().glob("*.yaml"))
+TRAINED |= {name: "PTQ" for name in RECIPES if name.startswith("ptq")}
 
 
 pytestmark = pytest.mark.usefixtures("alone")

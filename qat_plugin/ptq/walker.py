@@ -1,0 +1,303 @@
+"""The walker: takes the layers of a model in the order they run, each on what the quantized ones before it give.
+
+::
+
+    batches -> loose layers before -> chain of blocks, one at a time -> loose layers after
+                                       |  block i: hidden states in
+                                       |    scales of inputs (AWQ, SmoothQuant), folded where that is exact
+                                       |    layers that share an input: statistics -> integers -> the next ones
+                                       |  hidden states out, through the quantized block
+
+Of a chain only one block's inputs are held (for GPTQ twice: the quantized model's and the float one's), and they
+replace each other batch by batch. Parts that are no chain are run from the model's beginning each time.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat_plugin.ptq.chains import Chain, ChainInputs, find_chains, first_output, record
+from qat_plugin.ptq.feeding import arguments
+from qat_plugin.ptq.gptq import GptqOptions
+from qat_plugin.ptq.inputs import Group, Run, gather, input_groups, layer_named, names_of
+from qat_plugin.ptq.layerwise import Rounder, multiplies
+from qat_plugin.ptq.methods import Method
+from qat_plugin.ptq.results import LayerResult
+from qat_plugin.ptq.scaling import scale_block
+from qat_plugin.ptq.statistics import InputStatistics
+from qat_plugin.ptq.tracing import Sample
+from qat_plugin.qat import LayerQuantizer, prepared_layers
+from qat_plugin.qat.layers import ATTRIBUTE
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of the work that ends at a point from which it can be taken up again.
+
+    Attributes:
+        index, count: part i of n.
+        name: of the block, or ``model`` for loose layers.
+        layers: what was done.
+        seconds: how long it took.
+        resumed: whether it was read from an earlier session's files.
+    """
+
+    index: int
+    count: int
+    name: str
+    layers: tuple[LayerResult, ...]
+    seconds: float
+    resumed: bool = False
+
+
+class Store:
+    """Where finished parts are kept; this one keeps nothing."""
+
+    def load(self, part: str, layers: Mapping[str, nn.Module], changed: nn.Module | None) -> list[LayerResult] | None:
+        """Put an earlier session's results into the layers; ``None`` when there are none."""
+        return None
+
+    def save(
+        self, part: str, layers: Mapping[str, nn.Module], changed: nn.Module | None, results: Sequence[LayerResult]
+    ) -> None:
+        """Keep the results of a part.
+
+        Args:
+            part: its name, a file's.
+            layers: plan name -> layer.
+            changed: the module whose other parameters folding may have changed.
+            results: what was done.
+        """
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """A module that can be run on each batch, and the layers in it whose turn has come.
+
+    Attributes:
+        name, layers: the part's.
+        module: a block, or the model.
+        sample: the arguments of a real call of ``module``.
+        running: a copy of ``module`` -> what runs it, on the quantized model's inputs or (``True``) the float one's.
+        whole: nothing of the model lies outside, so that a copy of it and scales may be afforded.
+    """
+
+    name: str
+    layers: dict[str, nn.Module]
+    module: nn.Module
+    sample: Sample
+    running: Callable[[nn.Module, bool], Run]
+    whole: bool = True
+
+
+@dataclass
+class Walker:
+    """Quantizes the layers of a prepared model, in place.
+
+    Args:
+        model: prepared; its layers are in the float phase.
+        batches: the calibration data.
+        method: what to do with each layer.
+        options: GPTQ's.
+        keep_on: the device on which hidden states wait; by default the model's own.
+        store: where finished parts are kept.
+        told: called after each part.
+    """
+
+    model: nn.Module
+    batches: Sequence[Any]
+    method: Method
+    options: GptqOptions
+    keep_on: torch.device | None = None
+    store: Store = field(default_factory=Store)
+    told: Callable[[Part], None] = lambda part: None
+    results: list[LayerResult] = field(default_factory=list)
+
+    def walk(self) -> tuple[LayerResult, ...]:
+        """Do all of it."""
+        layers = prepared_layers(self.model)
+        if not self.method.looks:  # nothing depends on the data, and the float weights stay what they are
+            return tuple(LayerResult(name, _spelled(layer), "rtn") for name, layer in layers.items())
+        self._rounder = Rounder(self.method, self.options, layers)
+        chains = find_chains(self.model)
+        self._done, self._count = 0, 1 + sum(len(chain.blocks) for chain in chains)
+        chained = {name for chain in chains for name in _inside(chain.blocks, layers)}
+        for chain in chains:
+            early = self._before(chain, {name: layer for name, layer in layers.items() if name not in chained})
+            self._loose({name: layer for name, layer in early.items() if not self._is_done(name)})
+            self._chain(chain, _inside(chain.blocks, layers))
+        self._loose({name: layer for name, layer in layers.items() if not self._is_done(name)}, whole=not chains)
+        return tuple(self.results)
+
+    def _is_done(self, name: str) -> bool:
+        return any(result.name == name for result in self.results)
+
+    def _before(self, chain: Chain, loose: dict[str, nn.Module]) -> dict[str, nn.Module]:
+        """The loose layers that run before a chain does."""
+        early: dict[str, nn.Module] = {}
+        handles = [
+            layer.register_forward_pre_hook(lambda _, __, name=name: early.setdefault(name, loose[name]) and None)
+            for name, layer in loose.items()
+        ]
+        try:
+            record(self.model, Chain(chain.name, chain.blocks[:1]), self.batches[:1])
+        finally:
+            for handle in handles:
+                handle.remove()
+        return early
+
+    # ------------------------------------------------------------------------------------------------------ the parts
+
+    def _loose(self, layers: dict[str, nn.Module], *, whole: bool = False) -> None:
+        """Layers outside of chains; the whole model runs for each group of them."""
+        if not layers:
+            return
+
+        def running(model: nn.Module, _: bool) -> Run:
+            def run(batch: int) -> Any:
+                args, kwargs = arguments(model, self.batches[batch])
+                return model(*args, **kwargs)
+
+            return run
+
+        sample = arguments(self.model, self.batches[0])
+        self._part(_Stretch("model", layers, self.model, sample, running, whole), f"model-{len(self.results)}")
+
+    def _chain(self, chain: Chain, layers: dict[str, nn.Module]) -> None:
+        inputs = record(self.model, chain, self.batches)
+        if isinstance(inputs, str):  # no chain after all: as loose layers
+            self._loose(layers)
+            self._done += len(chain.blocks) - 1
+            return
+        float_hidden = [hidden.clone() for hidden in inputs.hidden] if self._corrects else []
+        for index, block in enumerate(chain.blocks):
+            mine = _inside([block], layers)
+            running = self._block_runs(inputs, index, float_hidden)
+            name = chain.block_name(index)
+            twin = self._part(_Stretch(name, mine, block, inputs.arguments(index, 0, inputs.hidden[0]), running), name)
+            if index + 1 < len(chain.blocks):
+                self._advance(running(block, False), inputs.hidden)
+                if twin is not None:
+                    self._advance(running(twin, True), float_hidden)
+
+    def _block_runs(
+        self, inputs: ChainInputs, index: int, float_hidden: list[Tensor]
+    ) -> Callable[[nn.Module, bool], Run]:
+        def running(block: nn.Module, in_float: bool) -> Run:
+            hidden = float_hidden if in_float else inputs.hidden
+
+            def run(batch: int) -> Any:
+                args, kwargs = inputs.arguments(index, batch, self._here(hidden[batch]))
+                return block(*args, **kwargs)
+
+            return run
+
+        return running
+
+    @property
+    def _corrects(self) -> bool:
+        return self.method.rounding == "gptq" and self.options.correct > 0
+
+    def _here(self, hidden: Tensor) -> Tensor:
+        return hidden if self.keep_on is None else hidden.to(next(self.model.parameters()).device)
+
+    def _advance(self, run: Run, hidden: list[Tensor]) -> None:
+        for batch in range(len(hidden)):
+            output: Tensor = first_output(run(batch)).detach()
+            hidden[batch] = output if self.keep_on is None else output.to(self.keep_on)
+
+    def _part(self, stretch: _Stretch, key: str) -> nn.Module | None:
+        """One part, from the store or layer by layer; its float copy, where there is one."""
+        started = time.monotonic()
+        run = stretch.running(stretch.module, False)
+        scales = self.method.scaling is not None and stretch.whole
+        changed = stretch.module if scales else None
+        twin = copy.deepcopy(stretch.module) if self._corrects and stretch.whole else None
+        stored = self.store.load(key, stretch.layers, changed)
+        if stored is None:
+            groups = input_groups(stretch.layers, run)
+            notes = self._scaled(stretch, groups, run) if scales else {}
+            # the copy as it was feeds the next part, resumed or not; this part's own inputs are the scaled ones
+            beside = copy.deepcopy(stretch.module) if twin is not None and scales else twin
+            results = self._rounded(stretch, groups, run, beside, notes)
+            self.store.save(key, stretch.layers, changed, results)
+        else:
+            results = stored
+            self._rounder.note(stretch.layers.values())
+        self.results += results
+        seconds = time.monotonic() - started
+        self.told(Part(self._done, self._count, stretch.name, tuple(results), seconds, stored is not None))
+        self._done += 1
+        return twin
+
+    def _scaled(self, stretch: _Stretch, groups: Sequence[Group], run: Run) -> dict[str, str]:
+        """Scale the inputs of a part's layers; layer -> what was done."""
+        mine = [group for group in groups if _looks(group)]
+        statistics: dict[str, InputStatistics] = {}
+        for group in mine:
+            found = gather(group, run, len(self.batches), hessian=True, static=False)
+            statistics |= dict.fromkeys(group.layers, found)
+        assert self.method.scaling is not None
+        done = scale_block(
+            stretch.module,
+            [list(group.layers.items()) for group in mine],
+            statistics,
+            stretch.sample,
+            self.method.scaling,
+            model=self.model,
+        )
+        return {name: note.in_short for note in done for name in note.layers}
+
+    def _rounded(
+        self,
+        stretch: _Stretch,
+        groups: Sequence[Group],
+        run: Run,
+        twin: nn.Module | None,
+        notes: Mapping[str, str],
+    ) -> list[LayerResult]:
+        results = []
+        beside = None if twin is None else stretch.running(twin, True)
+        for group in groups:
+            looks, statistics = _looks(group), None
+            if looks or _static(group):
+                pair = None
+                if twin is not None and beside is not None and looks:
+                    pair = (layer_named(twin, next(iter(group.layers))), beside)
+                statistics = gather(group, run, len(self.batches), hessian=looks, twin=pair)
+            for name, layer in group.layers.items():
+                seen = statistics if looks else None
+                results.append(self._rounder.layer(name, layer, seen, notes.get(name, "")))
+        for name, layer in stretch.layers.items():
+            if name not in names_of(groups):
+                results.append(self._rounder.layer(name, layer, None, "it saw no calibration data"))
+        return results
+
+
+def _inside(blocks: Sequence[nn.Module], layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    members = {id(module) for block in blocks for module in block.modules()}
+    return {name: layer for name, layer in layers.items() if id(layer) in members}
+
+
+def _quantizer(layer: nn.Module) -> LayerQuantizer:
+    quantizer: LayerQuantizer = getattr(layer, ATTRIBUTE)
+    return quantizer
+
+
+def _spelled(layer: nn.Module) -> str:
+    return str(_quantizer(layer).scheme)
+
+
+def _looks(group: Group) -> bool:
+    return _quantizer(group.first).scheme.is_integer and multiplies(group.first)
+
+
+def _static(group: Group) -> bool:
+    return any(_quantizer(layer).observer is not None for layer in group.layers.values())
