@@ -26,6 +26,7 @@ from qat_plugin.policy import Plan, Policy, PolicyLike
 from qat_plugin.qat import (
     Phase,
     capture_inputs,
+    folds,
     get_phase,
     is_prepared,
     load_quantizer_state,
@@ -48,6 +49,9 @@ class QuantizationAwareTraining(ResumingCallback):
     The module needs no change: its layers may come from ``__init__``, ``setup`` or ``configure_model``. Checkpoints
     stay float and load without this package; scales, phase and observers travel in the callback's own state, with what
     it takes to resume to the bit (:class:`~qat_plugin.callbacks.ExactResume`).
+
+    BatchNorms behind layers of a static scheme (``"w8a8-static"``, which is for convolutions too) are folded when fake
+    quantization starts, with the statistics of that step: a network trained from scratch needs a later ``start``.
 
     Args:
         policy: a scheme, a mapping of rules, a :class:`~qat_plugin.policy.Policy` or a ready Plan.
@@ -220,7 +224,8 @@ class QuantizationAwareTraining(ResumingCallback):
             return
         if not is_prepared(self._module):  # a checkpoint evaluated in a new process sees what it was trained with
             plan, observer = Plan.from_list(state_dict["quantizers"]["plan"]), observer_in(state_dict["quantizers"])
-            prepare(self._module, plan, learn_scales=self._learn_scales, observer=observer)
+            options: dict[str, Any] = {"learn_scales": self._learn_scales, "observer": observer}
+            prepare(self._module, plan, phase=Phase.FLOAT, **options)
         load_quantizer_state(self._module, state_dict["quantizers"])
 
     @override
@@ -294,7 +299,7 @@ class QuantizationAwareTraining(ResumingCallback):
         plan = self._plan(trainer, pl_module)
         phase = Phase.FAKE_QUANTIZED if self._schedule.start == 0 else Phase.FLOAT
         prepare(pl_module, plan, learn_scales=self._learn_scales, phase=phase, observer=self._observer)
-        rank_zero_info(f"QuantizationAwareTraining: {plan.summary()}")
+        rank_zero_info(f"QuantizationAwareTraining: {plan.summary()}{_folded(pl_module)}")
 
     def _follow_schedule(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._steps is None:
@@ -303,7 +308,8 @@ class QuantizationAwareTraining(ResumingCallback):
         if phase is before:
             return
         set_phase(pl_module, phase)
-        rank_zero_info(f"QuantizationAwareTraining: step {trainer.global_step}: {before.value} -> {phase.value}")
+        moved = f"{before.value} -> {phase.value}{_folded(pl_module)}"
+        rank_zero_info(f"QuantizationAwareTraining: step {trainer.global_step}: {moved}")
 
     def _stop_capture(self) -> None:
         if self._capture is not None:
@@ -321,6 +327,11 @@ class QuantizationAwareTraining(ResumingCallback):
             raise CheckpointError(f"weights='best': {path} holds no state of this callback (save_weights_only=True?)")
         load_quantizer_state(pl_module, state["quantizers"])
         rank_zero_info(f"QuantizationAwareTraining: converting the best checkpoint, {path}")
+
+
+def _folded(pl_module: L.LightningModule) -> str:
+    count = len(folds(pl_module))
+    return f"; {count} BatchNorms folded, their statistics frozen" if count else ""
 
 
 def _saves_nothing(trainer: L.Trainer) -> bool:

@@ -58,6 +58,70 @@ class TransformersModel:
 
 
 @dataclass
+class ImageModel:
+    """A small residual network for grey images, trained on the spot and cached."""
+
+    kind: str = option("image", "set by model=image")
+    width: int = option(32, "channels of its first block; the last has four times as many")
+    classes: int = option(10, "number of classes")
+    steps: int = option(200, "optimizer steps of its own training")
+    learning_rate: float = option(3e-3, "peak learning rate of its own training")
+    seed: int = option(0, "seed of its weights")
+
+    def __post_init__(self) -> None:
+        check_at_least("model.width", self.width, 2)
+        check_at_least("model.classes", self.classes, 2)
+        check_at_least("model.steps", self.steps, 1)
+        check_above("model.learning_rate", self.learning_rate, 0)
+        if self.width % 2:
+            raise ConfigError(f"model.width={self.width} is not allowed: it must be even")
+
+
+@dataclass
+class Images:
+    """How images are batched and split."""
+
+    kind: str = option(MISSING, "set by data=OPTION")
+    batch_size: int = option(64, "images in a training batch")
+    eval_batch_size: int = option(32, "images in an evaluation batch, which is timed too")
+    valid_fraction: float = option(0.2, "share that is held out where the folder does not say")
+
+    def __post_init__(self) -> None:
+        check_at_least("data.batch_size", self.batch_size, 1)
+        check_at_least("data.eval_batch_size", self.eval_batch_size, 1)
+        check_above("data.valid_fraction", self.valid_fraction, 0)
+        if self.valid_fraction >= 1:
+            raise ConfigError(f"data.valid_fraction={self.valid_fraction} is not allowed: it is a share, below 1")
+
+
+@dataclass
+class Digits(Images):
+    """The 1,797 handwritten digits that come with scikit-learn."""
+
+    kind: str = option("digits", "set by data=digits")
+    path: str | None = option(None, "use this folder in MNIST's format instead, as data=idx does")
+
+    def given(self) -> Digits | IdxFolder:
+        """The folder that was named, or itself."""
+        if self.path is None:
+            return self
+        images = {entry.name: getattr(self, entry.name) for entry in fields(Images) if entry.name != "kind"}
+        return IdxFolder(path=self.path, **images)
+
+
+@dataclass
+class IdxFolder(Images):
+    """A folder of images in MNIST's format."""
+
+    kind: str = option("idx", "set by data=idx")
+    path: str = option(MISSING, "folder with train-images-idx3-ubyte.gz and -labels-idx1-, or t10k's, or both")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.path = absolute(self.path)
+
+
+@dataclass
 class Windows:
     """How a text is cut and batched."""
 

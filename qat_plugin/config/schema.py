@@ -311,8 +311,10 @@ class Config:
     merge: MergeConfig = field(default_factory=MergeConfig, metadata=help_text("folding adapters into weights"))
     ptq: PtqConfig = field(default_factory=PtqConfig, metadata=help_text("quantization without training"))
     plan: PlanConfig = field(default_factory=PlanConfig, metadata=help_text("what task=plan counts with"))
-    model: Any = field(default=MISSING, metadata=help_text("the model: embedded, transformers or custom"))
-    data: Any = field(default=MISSING, metadata=help_text("the data: embedded, text, instructions or custom"))
+    model: Any = field(default=MISSING, metadata=help_text("the model: embedded, transformers, image or custom"))
+    data: Any = field(
+        default=MISSING, metadata=help_text("the data: embedded, text, instructions, digits, idx or custom")
+    )
     optimizer: Any = field(default=MISSING, metadata=help_text("the optimizer: adamw, own or custom"))
     trainer: TrainerConfig = field(default_factory=TrainerConfig, metadata=help_text("how each training stage runs"))
     measure: MeasureConfig = field(default_factory=MeasureConfig, metadata=help_text("what is measured at the end"))

@@ -7,13 +7,29 @@ from typing import Any, Final
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from qat_plugin.config.options import AdamW, EmbeddedModel, EmbeddedText, InstructionFiles, TextFiles, TransformersModel
+from qat_plugin.config.options import (
+    AdamW,
+    Digits,
+    EmbeddedModel,
+    EmbeddedText,
+    IdxFolder,
+    ImageModel,
+    InstructionFiles,
+    TextFiles,
+    TransformersModel,
+)
 from qat_plugin.config.schema import Config
 
 SCHEMA: Final = "schema"
 _OPTIONS: Final[dict[str, dict[str, type]]] = {
-    "model": {"embedded": EmbeddedModel, "transformers": TransformersModel},
-    "data": {"embedded": EmbeddedText, "text": TextFiles, "instructions": InstructionFiles},
+    "model": {"embedded": EmbeddedModel, "transformers": TransformersModel, "image": ImageModel},
+    "data": {
+        "embedded": EmbeddedText,
+        "text": TextFiles,
+        "instructions": InstructionFiles,
+        "digits": Digits,
+        "idx": IdxFolder,
+    },
     "optimizer": {"adamw": AdamW},
 }
 

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qat_plugin.config.catalogue import HEADER
 from qat_plugin.config.mistakes import explain, unknown_key
-from qat_plugin.config.options import EmbeddedModel, EmbeddedText
+from qat_plugin.config.options import Digits, EmbeddedModel, EmbeddedText
 from qat_plugin.config.schema import Config
 from qat_plugin.errors import ConfigError
 
@@ -48,7 +48,7 @@ def to_config(composed: DictConfig, *, name: str | None = None) -> Config:
     assert isinstance(config, Config)
     for group in ("model", "data"):  # model.path=DIR in a recipe of the embedded model means that directory
         section = getattr(config, group)
-        if isinstance(section, (EmbeddedModel, EmbeddedText)):
+        if isinstance(section, (Digits, EmbeddedModel, EmbeddedText)):
             setattr(config, group, section.given())
     config.name = config.name or name
     config.policy.rules = dict(_flat_rules(config.policy.rules))

@@ -6,15 +6,28 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from qat_plugin.config.catalogue import groups, recipes
-from qat_plugin.config.options import AdamW, EmbeddedModel, EmbeddedText, InstructionFiles, TextFiles, TransformersModel
+from qat_plugin.config.options import (
+    AdamW,
+    Digits,
+    EmbeddedModel,
+    EmbeddedText,
+    IdxFolder,
+    ImageModel,
+    InstructionFiles,
+    TextFiles,
+    TransformersModel,
+)
 from qat_plugin.config.schema import Config, keys_with_help
 
 _OPTIONS = {
     "model=embedded": ("model.", EmbeddedModel),
     "model=transformers": ("model.", TransformersModel),
+    "model=image": ("model.", ImageModel),
     "data=embedded": ("data.", EmbeddedText),
     "data=text": ("data.", TextFiles),
     "data=instructions": ("data.", InstructionFiles),
+    "data=digits": ("data.", Digits),
+    "data=idx": ("data.", IdxFolder),
     "optimizer=adamw": ("optimizer.", AdamW),
 }
 

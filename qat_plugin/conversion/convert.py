@@ -14,8 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat_plugin.conversion.absorb import absorb_norms, release_norms
 from qat_plugin.conversion.frozen import refuse_training
-from qat_plugin.conversion.layer import LayerConversion, cast_parameters, converted_weight, sharing_keys
+from qat_plugin.conversion.layer import (
+    LayerConversion,
+    cast_parameters,
+    conv_shape,
+    converted_weight,
+    sharing_keys,
+)
 from qat_plugin.conversion.proof import Proof
 from qat_plugin.errors import ConversionError, did_you_mean
 from qat_plugin.kernels import LayerSpec, choose, kernel_named
@@ -34,6 +41,7 @@ from qat_plugin.qat import (
     unprepare,
 )
 from qat_plugin.qat.checks import check_finite
+from qat_plugin.qat.folding import Unfolded
 from qat_plugin.qat.layers import ATTRIBUTE, current_weight
 
 
@@ -87,6 +95,7 @@ def convert(
             f"{type(model).__name__} is already converted; convert a float model, or reload its checkpoint"
         )
     fresh = not is_prepared(model)
+    unfolded = Unfolded(model) if fresh and reversible else None
     if fresh:
         if plan is None:
             raise ConversionError("convert(model) needs a plan or a policy for a model that was not prepared")
@@ -101,6 +110,7 @@ def convert(
         layers = _ready(model, dtype)
         with torch.inference_mode(False):  # what is made here outlives it
             proof = _convert_layers(layers, _checked(inputs or {}, layers), dtype, done, casts, reversible)
+            absorb_norms(model)
     except BaseException as failure:
         if gone := sum(conversion.gone for conversion in done):
             left = (
@@ -111,10 +121,13 @@ def convert(
                 raise ConversionError(f"{left} {failure}") from failure
             warnings.warn(left, stacklevel=2)
             raise
+        release_norms(model)
         for conversion in reversed(done):
             conversion.take_back()
         if fresh:
             unprepare(model)
+            if unfolded is not None:
+                unfolded.restore()
         elif get_phase(model) is not phase:
             set_phase(model, phase)
         raise
@@ -184,7 +197,7 @@ def _ready(model: nn.Module, dtype: torch.dtype | None) -> dict[str, nn.Module]:
             raise ConversionError(f"{name} is on the meta device: load its weights before converting")
         check_finite(name, weight)
         if quantizer.scheme.is_integer:
-            choice = choose(_spec(quantizer, weight, dtype))
+            choice = choose(_spec(layer, quantizer, weight, dtype))
             if choice.refusal is not None:
                 raise ConversionError(
                     f"{name}: no kernel runs {quantizer.scheme} on {weight.device.type}: {choice.refusal}"
@@ -194,10 +207,11 @@ def _ready(model: nn.Module, dtype: torch.dtype | None) -> dict[str, nn.Module]:
     return layers
 
 
-def _spec(quantizer: LayerQuantizer, weight: Tensor, dtype: torch.dtype | None) -> LayerSpec:
+def _spec(layer: nn.Module, quantizer: LayerQuantizer, weight: Tensor, dtype: torch.dtype | None) -> LayerSpec:
     rows, columns = quantizer.rows(weight).shape
     usage: Any = quantizer.layer.usage
-    return LayerSpec(quantizer.scheme, rows, columns, weight.device, dtype or weight.dtype, usage)
+    conv = conv_shape(layer, weight)
+    return LayerSpec(quantizer.scheme, rows, columns, weight.device, dtype or weight.dtype, usage, conv)
 
 
 def _checked(inputs: Mapping[str, Tensor], layers: Mapping[str, nn.Module]) -> Mapping[str, Tensor]:
@@ -233,7 +247,7 @@ def _convert_layers(
         done.append(LayerConversion(layer, dtype or current_weight(layer).dtype))
         if keys[name] not in made:  # an embedding takes the scheme of the layer that multiplies by the same weight
             source: LayerQuantizer = getattr(layers[multiplying.get(keys[name], name)], ATTRIBUTE)
-            made[keys[name]] = converted_weight(source, done[-1].weight, done[-1].dtype)
+            made[keys[name]] = converted_weight(layer, source, done[-1].weight, done[-1].dtype)
         proofs.append(done[-1].run(inputs.get(name), made[keys[name]], casts))
         if not reversible:
             done[-1].let_go()
@@ -255,7 +269,8 @@ def _with_kernels(plan: Plan, layers: Mapping[str, nn.Module]) -> Plan:
         weight = layers[entry.name]._parameters["weight"] if entry.name in layers else None
         if isinstance(weight, QuantizedWeight) and entry.scheme is not None:
             spec = LayerSpec(
-                entry.scheme, weight.out_features, weight.in_features, weight.device, weight.dtype, weight.usage
+                *(entry.scheme, weight.out_features, weight.in_features, weight.device, weight.dtype),
+                *(weight.usage, weight.conv),
             )
             kernel, leader = kernel_named(weight.kernel_name), layers.get(entry.tied_to or "")
             shared = leader is not None and leader._parameters["weight"] is weight

@@ -4,9 +4,9 @@ An integer weight ``X`` is stored as ``X.q`` (rows packed to their bits), ``X.sc
 them ``X.zero_point`` (uint8), ``X.activation_scale`` (float32) and ``X.input_scale`` (float32, one per input feature:
 inputs are divided by it, the integers are of the weight times it): portable rows, whatever layout the kernel here uses.
 The header's one entry, ``qat_plugin``, is the SHA-256 (64 hexadecimal digits) of the JSON that follows it: the scheme,
-shape, type, orientation and use of each, which names are tied, the plan, the proof, and a SHA-256 of the tensors. One
-entry, because safetensors writes several in a random order: the same model gives the same bytes. ``plan.json`` beside
-it repeats the plan for readers.
+shape, type, orientation and use of each, which names are tied, which norms folded, the plan, the proof, and a SHA-256
+of the tensors. One entry, because safetensors writes several in a random order: the same model gives the same bytes.
+``plan.json`` beside it repeats the plan for readers.
 """
 
 from __future__ import annotations
@@ -22,17 +22,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat_plugin.conversion.absorb import absorb_norms
 from qat_plugin.conversion.convert import Conversion, conversion_of, is_converted
 from qat_plugin.conversion.frozen import refuse_training
 from qat_plugin.conversion.proof import Proof
 from qat_plugin.conversion.reload import requantize_on_load
 from qat_plugin.errors import CheckpointError, ConversionError, did_you_mean
+from qat_plugin.kernels import ConvShape
 from qat_plugin.kernels.packing import pack, packed_columns, unpack
 from qat_plugin.kernels.portable import SCALE_DTYPE
 from qat_plugin.kernels.weight import CastWeight, QuantizedWeight, is_converted_weight
 from qat_plugin.numerics import Quantized
 from qat_plugin.policy import Plan
 from qat_plugin.qat import is_prepared
+from qat_plugin.qat.folding import fold_names, set_folds
 from qat_plugin.scheme import Scheme
 
 FORMAT_VERSION = 1
@@ -135,7 +138,7 @@ def _flatten(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors[name] = tensor.data_.detach().cpu().contiguous()
         else:
             tensors[name] = tensor.detach().cpu().clone().contiguous()
-    return tensors, {"version": FORMAT_VERSION, "entries": entries, "ties": ties}
+    return tensors, {"version": FORMAT_VERSION, "entries": entries, "ties": ties, "folded": fold_names(model)}
 
 
 def _name_of(dtype: torch.dtype) -> str:
@@ -143,13 +146,14 @@ def _name_of(dtype: torch.dtype) -> str:
 
 
 def _entry(weight: QuantizedWeight) -> dict[str, Any]:
-    return {
+    entry = {
         "scheme": weight.spelling,
         "shape": [weight.out_features, weight.in_features],
         "dtype": _name_of(weight.logical_dtype),
         "transposed": weight.transposed,
         "usage": weight.usage,
     }
+    return entry if weight.conv is None else {**entry, "conv": [*weight.conv.weight], "groups": weight.conv.groups}
 
 
 def _parts(weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -195,7 +199,9 @@ def load_converted(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Mo
         raise CheckpointError(f"{path} is damaged: {error}") from error
     _check_fits(model, weights, ties, path)
     _check_buffers(model, weights, path)
+    set_folds(model, header.get("folded", []))
     refuse_training(_install(model, weights, ties))
+    absorb_norms(model)
     model._qat_conversion = conversion  # type: ignore[assignment]
     return model
 
@@ -250,6 +256,7 @@ def _assemble(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]
         _DTYPES[entry["dtype"]],
         transposed=bool(entry["transposed"]),
         usage=entry["usage"],
+        conv=ConvShape(tuple(map(int, entry["conv"])), int(entry["groups"])) if "conv" in entry else None,
         activation_scale=tensors.get(f"{name}.activation_scale"),
         input_scale=input_scale,
     )

@@ -29,7 +29,7 @@ def _watch(layer: nn.Module, args: Any, output: Any) -> Any:
 class _Refusal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, anchor: Tensor) -> Tensor:
-        return output.view_as(output)
+        return output.clone()  # a view could not be written in place, as nn.ReLU(inplace=True) does
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qat_plugin.conversion.proof import LayerProof, relative_error
 from qat_plugin.conversion.reload import requantize_on_load
 from qat_plugin.errors import ConversionError, PrepareError
-from qat_plugin.kernels import kernel_named
+from qat_plugin.kernels import ConvShape, kernel_named
 from qat_plugin.kernels.table import ROUNDING
 from qat_plugin.kernels.weight import CastWeight, QuantizedWeight
 from qat_plugin.numerics import row_chunks
@@ -22,6 +22,7 @@ from qat_plugin.qat.layers import ATTRIBUTE, FakeQuantized, extend, keeps_own_fo
 
 logger = logging.getLogger(__name__)
 _RANDOM_ROWS = 16
+_SPREAD = 42  # steps of the calibrated scale in a standard deviation: a few in a thousand are clipped, as in data
 
 
 class LayerConversion:
@@ -65,7 +66,7 @@ class LayerConversion:
         whole = reference is not None
         if reference is None:
             reference = self._product(x)
-        expected = quantizer.rows(quantizer.fake_weight(quantizer.rows(self.weight)))
+        expected = quantizer.as_weight(quantizer.fake_weight(quantizer.rows(self.weight)), self.weight)
         restore(layer)
         layer._parameters["weight"] = converted
         cast_parameters(layer, self.dtype, casts)
@@ -79,7 +80,7 @@ class LayerConversion:
                 f"{quantizer.layer.name} ({type(layer).__name__}): its forward does something with the weight that has "
                 f"no integer form ({type(failure).__name__}: {failure}). Keep this layer in the policy"
             ) from failure
-        proof = self._proof(expected, reference, output, real=rows is not None and self.weight.dim() == 2)
+        proof = self._proof(expected, reference, output, real=rows is not None and self._takes_rows)
         for module, mode in self._modes.items():
             module.training = mode
         self._hook = layer.register_load_state_dict_pre_hook(requantize_on_load)
@@ -105,7 +106,15 @@ class LayerConversion:
     def _input(self, rows: Tensor | None) -> Tensor:
         """What the layer is proven on, in its own type; rounded to the type it will run in."""
         weight, columns = self.weight, self.quantizer.rows(self.weight).shape[-1]
-        if rows is None or weight.dim() != 2:
+        if rows is not None and self.quantizer.layer.usage == "conv":
+            x = rows.detach().to(weight.device)
+            channels = weight.shape[1] * int(self.layer.groups)  # type: ignore[arg-type]
+            if x.dim() != weight.dim() or x.shape[1] != channels:
+                raise ConversionError(
+                    f"{self.quantizer.layer.name}: the inputs given have shape {tuple(x.shape)}, the layer takes "
+                    f"[batch, {channels}, *size]"
+                )
+        elif rows is None or not self._takes_rows:
             x = random_input(self.layer, self.quantizer, weight)
         else:
             x = rows.detach().to(weight.device)
@@ -115,6 +124,11 @@ class LayerConversion:
                     f"[rows, {columns}]"
                 )
         return x.to(self.dtype).to(weight.dtype) if x.is_floating_point() else x
+
+    @property
+    def _takes_rows(self) -> bool:
+        """Whether real inputs can be told: not where a weight is sharded or of an unknown form."""
+        return self.quantizer.layer.usage == "conv" or self.weight.dim() == 2
 
     def _whole_output(self, x: Tensor) -> Tensor | None:
         """The prepared layer's output; ``None`` when its own forward wants more than an input or returns more than a
@@ -140,9 +154,13 @@ class LayerConversion:
         assert weight is not None
         if isinstance(self.layer, FakeQuantized):
             x = self.quantizer.fake_input(x)
-            weight = self.quantizer.rows(self.quantizer.fake_weight(self.quantizer.rows(weight)))  # type: ignore[assignment]
+            numbers = self.quantizer.fake_weight(self.quantizer.rows(weight))
+            weight = self.quantizer.as_weight(numbers, weight)  # type: ignore[assignment]
         if isinstance(self.layer, nn.Embedding):
             return F.embedding(x, weight)
+        if isinstance(self.layer, nn.modules.conv._ConvNd):
+            product: Tensor = self.layer._conv_forward(x, weight, None)
+            return product
         if self.quantizer.transposed:
             return torch.addmm(x.new_zeros(weight.shape[1]), x, weight)
         return F.linear(x, weight)
@@ -181,13 +199,20 @@ def largest_difference(converted: QuantizedWeight | CastWeight, expected: Tensor
     if isinstance(converted, CastWeight):
         parts = ((converted.data_[rows].to(expected.dtype), expected[rows]) for rows in row_chunks(expected))
     else:
-        held, rowwise = converted.integers(), expected.t() if converted.transposed else expected
+        held, rowwise = converted.integers(), converted.rows_of(expected)
         parts = ((held.rows(rows).dequantize(expected.dtype), rowwise[rows]) for rows in row_chunks(rowwise))
     largest = [(number - wanted).abs().max() for number, wanted in parts if wanted.numel()]
     return float(torch.stack(largest).max()) if largest else 0.0
 
 
-def converted_weight(quantizer: LayerQuantizer, weight: Tensor, dtype: torch.dtype) -> nn.Parameter:
+def conv_shape(layer: nn.Module, weight: Tensor) -> ConvShape | None:
+    """Shape and groups of a convolution; ``None`` for other layers."""
+    if not isinstance(layer, nn.modules.conv._ConvNd):
+        return None
+    return ConvShape(tuple(weight.shape), layer.groups)
+
+
+def converted_weight(layer: nn.Module, quantizer: LayerQuantizer, weight: Tensor, dtype: torch.dtype) -> nn.Parameter:
     """The weight that a layer will run on, from the integers (or the cast) in force."""
     if quantizer.scheme.is_float:
         return nn.Parameter(CastWeight(weight.detach().to(quantizer.scheme.float_dtype), dtype), requires_grad=False)
@@ -196,6 +221,7 @@ def converted_weight(quantizer: LayerQuantizer, weight: Tensor, dtype: torch.dty
         dtype,
         transposed=quantizer.transposed,
         usage=quantizer.layer.usage,  # type: ignore[arg-type]
+        conv=conv_shape(layer, weight),
         activation_scale=quantizer.activation_scale(),
         input_scale=quantizer.input_scale,
     )
@@ -207,7 +233,21 @@ def random_input(layer: nn.Module, quantizer: LayerQuantizer, weight: Tensor) ->
     generator, shape = torch.Generator().manual_seed(0), quantizer.rows(weight).shape
     if isinstance(layer, nn.Embedding):
         return torch.randint(shape[0], (_RANDOM_ROWS,), generator=generator).to(weight.device)
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        return _random_images(layer, quantizer, weight, generator)
     return torch.randn(_RANDOM_ROWS, shape[-1], generator=generator).to(weight.device, weight.dtype)
+
+
+def _random_images(
+    layer: nn.modules.conv._ConvNd, quantizer: LayerQuantizer, weight: Tensor, generator: torch.Generator
+) -> Tensor:
+    """[2, channels, *size], of a size that each way of padding takes, in the range that was calibrated."""
+    size = [
+        3 * d * (k - 1) + 4 * s + 1 for d, k, s in zip(layer.dilation, layer.kernel_size, layer.stride, strict=True)
+    ]
+    x = torch.randn(2, layer.in_channels, *size, generator=generator).to(weight.device, weight.dtype)
+    scale = quantizer.activation_scale()
+    return x if scale is None else x * (scale.to(x.dtype) * _SPREAD)
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype, casts: dict[int, nn.Parameter]) -> None:

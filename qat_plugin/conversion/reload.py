@@ -18,6 +18,8 @@ from qat_plugin.numerics import learned_scale, quantize, round_to_nearest
 from qat_plugin.observers.factory import observed_scale
 from qat_plugin.observers.spelling import DEFAULT_FOR_TRAINING
 from qat_plugin.policy import Candidate, candidates
+from qat_plugin.qat.folded import fold_state_dict, folds
+from qat_plugin.qat.folding import fold_names
 from qat_plugin.qat.state import observer_in
 from qat_plugin.scheme import Scheme
 
@@ -47,7 +49,7 @@ def like(current: Tensor, weight: Tensor, state: Mapping[str, Tensor], observer:
     if isinstance(current, CastWeight):
         return CastWeight(weight.to(current.data_.dtype), current.logical_dtype)
     assert isinstance(current, QuantizedWeight)
-    rows, scheme = (weight.t() if current.transposed else weight), current.scheme
+    rows, scheme = current.rows_of(weight), current.scheme
     input_scale = current.input_scale
     if input_scale is not None:
         input_scale = state.get("input_scale", input_scale).to(rows.device)
@@ -66,6 +68,7 @@ def like(current: Tensor, weight: Tensor, state: Mapping[str, Tensor], observer:
         current.logical_dtype,
         transposed=current.transposed,
         usage=current.usage,
+        conv=current.conv,
         activation_scale=activation_scale,
         input_scale=input_scale,
         kernel=current.kernel_name,
@@ -118,6 +121,8 @@ def reload_float(
     states = _states(quantizer_state, layers)
     observer = DEFAULT_FOR_TRAINING if quantizer_state is None else observer_in(quantizer_state)
     merged: dict[str, Tensor] = dict(state_dict)
+    for fold, (layer, norm) in zip(folds(model), fold_names(model), strict=True):  # of before the fold, it may be
+        fold_state_dict(fold, merged, f"{layer}.", f"{norm}.")
     for name, candidate in layers.items():
         key = f"{candidate.path}.weight" if candidate.path else "weight"
         current = candidate.module._parameters["weight"]

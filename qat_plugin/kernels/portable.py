@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qat_plugin.kernels.packing import pack, packed_columns, unpack
-from qat_plugin.kernels.table import Kernel, LayerSpec, Packed
+from qat_plugin.kernels.table import ConvCall, Kernel, LayerSpec, Packed
 from qat_plugin.numerics import Quantized, dequantize, fake_quantize_activation
 from qat_plugin.scheme import Scheme
 
@@ -28,6 +28,7 @@ class Portable(Kernel):
     """Packed rows, dequantized for each product (or, for an embedding, row by row)."""
 
     name = "dequantize"
+    convolves = True
 
     def serves(self, scheme: Scheme, device: torch.device) -> bool:
         """Every integer scheme, everywhere."""
@@ -65,6 +66,14 @@ class Portable(Kernel):
         if weight.scheme.quantizes_activations:
             x = fake_quantize_activation(x, weight.activation_scale)
         return F.linear(x, self.unpack(weight).dequantize(x.dtype))
+
+    def convolution(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, call: ConvCall) -> Tensor:
+        """The fake-quantized layer's own arithmetic."""
+        if weight.scheme.quantizes_activations:
+            x = fake_quantize_activation(x, weight.activation_scale)
+        kernel = weight.dequantize(x.dtype)
+        convolve = F.conv1d if kernel.dim() == 3 else F.conv2d
+        return convolve(x, kernel, bias, call.stride, call.padding, call.dilation, weight.groups)
 
     def embedding(self, ids: Tensor, weight: QuantizedWeight) -> Tensor:
         """Gathers packed rows, then dequantizes only those."""

@@ -21,7 +21,7 @@ from qat_plugin.scheme import Scheme
 if TYPE_CHECKING:
     from qat_plugin.kernels.weight import QuantizedWeight
 
-Usage = Literal["linear", "embedding", "both"]
+Usage = Literal["linear", "embedding", "both", "conv"]
 
 # ||kernel - fake-quantized|| / ||fake-quantized|| that rounding alone explains: sums in another order for float32; one
 # rounding of the output, and one of the weight in the fake-quantized layer, for the 16-bit types.
@@ -34,8 +34,28 @@ ROUNDING: dict[torch.dtype, float] = {
 
 
 @dataclass(frozen=True)
+class ConvShape:
+    """A convolution's weight: its shape [out_channels, in_channels / groups, *kernel], and its groups."""
+
+    weight: tuple[int, ...]
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class ConvCall:
+    """How a convolution is applied: each a number per spatial dimension; padding is with zeros."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class LayerSpec:
-    """What a kernel must know of a layer: [out_features, in_features] of its weight and where and how it runs."""
+    """What a kernel must know of a layer: [out_features, in_features] of its weight and where and how it runs.
+
+    The rows of a convolution's weight are its output channels; ``conv`` says the rest.
+    """
 
     scheme: Scheme
     out_features: int
@@ -43,6 +63,7 @@ class LayerSpec:
     device: torch.device
     dtype: torch.dtype
     usage: Usage = "linear"
+    conv: ConvShape | None = None
 
     @property
     def scales(self) -> int:
@@ -65,6 +86,12 @@ class Kernel(ABC):
     """One way to run quantized layers."""
 
     name: ClassVar[str]
+    convolves: ClassVar[bool] = False
+    multiplies: ClassVar[bool] = True
+
+    def takes(self, usage: Usage) -> bool:
+        """Whether it is for weights that are read so."""
+        return self.convolves if usage == "conv" else self.multiplies
 
     @abstractmethod
     def serves(self, scheme: Scheme, device: torch.device) -> bool:
@@ -90,6 +117,14 @@ class Kernel(ABC):
         """:meth:`linear` plus ``bias`` [out_features]; kernels that round once for both override it."""
         y = self.linear(x, weight)
         return y if bias is None else y + bias
+
+    def convolution(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, call: ConvCall) -> Tensor:
+        """The convolution of [batch, in_channels, *size], batch >= 1, in the type of ``x``.
+
+        Raises:
+            ConversionError: unless the kernel overrides it.
+        """
+        raise ConversionError(f"kernel {self.name} cannot run a convolution")
 
     def embedding(self, ids: Tensor, weight: QuantizedWeight) -> Tensor:
         """Rows ``ids`` of the weight, [..., in_features].
@@ -162,7 +197,7 @@ def choose(spec: LayerSpec) -> Choice:
         return Choice("none", "", f"{spec.scheme} is the frozen base of QLoRA fine-tuning, not a conversion target")
     missed: list[str] = []
     for kernel in _KERNELS.values():
-        if not kernel.serves(spec.scheme, spec.device):
+        if not kernel.takes(spec.usage) or not kernel.serves(spec.scheme, spec.device):
             continue
         reason = kernel.refusal(spec)
         if reason is None:

@@ -5,13 +5,14 @@ What operators do with them is in :mod:`qat_plugin.kernels.weight`, which is whe
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from qat_plugin.errors import ConversionError
-from qat_plugin.kernels.table import LayerSpec, Usage, choose, kernel_named
+from qat_plugin.kernels.table import ConvShape, LayerSpec, Usage, choose, kernel_named
 from qat_plugin.kernels.torchao_import import import_torchao
 from qat_plugin.numerics import Quantized
 from qat_plugin.scheme import Scheme
@@ -31,15 +32,17 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
         input_scale: float32 [in_features] that inputs are divided by, or ``None``; the integers are of the weight times
             it.
         kernel_name, spelling: the kernel and the scheme.
-        logical_shape: [out, in] ([in, out] when ``transposed``), what ``.shape`` says.
+        logical_shape: [out, in] ([in, out] when ``transposed``; a convolution's [out, in / groups, *kernel]), what
+            ``.shape`` says.
         logical_dtype: the float type it stands for, what ``.dtype`` says.
-        usage: ``"linear"``, ``"embedding"`` or ``"both"`` (tied).
+        usage: ``"linear"``, ``"embedding"``, ``"both"`` (tied) or ``"conv"``.
+        groups: of a convolution; else 1.
     """
 
     tensor_data_names = ["data_", "scale"]  # noqa: RUF012  (torchao reads and copies these lists)
     optional_tensor_data_names = ["zero_point", "activation_scale", "input_scale"]  # noqa: RUF012
     tensor_attribute_names = [  # noqa: RUF012
-        "kernel_name", "spelling", "logical_shape", "logical_dtype", "transposed", "usage",
+        "kernel_name", "spelling", "logical_shape", "logical_dtype", "transposed", "usage", "groups",
     ]  # fmt: skip
 
     data_: Tensor
@@ -59,6 +62,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
         logical_dtype: torch.dtype,
         transposed: bool,
         usage: Usage,
+        groups: int = 1,
         zero_point: Tensor | None = None,
         activation_scale: Tensor | None = None,
         input_scale: Tensor | None = None,
@@ -78,6 +82,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
         logical_dtype: torch.dtype,
         transposed: bool,
         usage: Usage,
+        groups: int = 1,
         zero_point: Tensor | None = None,
         activation_scale: Tensor | None = None,
         input_scale: Tensor | None = None,
@@ -91,6 +96,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
         self.logical_dtype = logical_dtype
         self.transposed = transposed
         self.usage = usage
+        self.groups = groups
         self.zero_point = zero_point
         self.activation_scale = activation_scale
         self.input_scale = input_scale
@@ -103,6 +109,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
         *,
         transposed: bool = False,
         usage: Usage = "linear",
+        conv: ConvShape | None = None,
         activation_scale: Tensor | None = None,
         input_scale: Tensor | None = None,
         kernel: str | None = None,
@@ -114,6 +121,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
             dtype: the float type of the layer's input and output.
             transposed: the module's weight is [in_features, out_features].
             usage: how the weight is read.
+            conv: shape and groups of a convolution's weight (``usage="conv"``).
             activation_scale: float32 scalar, for static schemes.
             input_scale: float32 [in_features], when the integers are of the weight times it.
             kernel: a kernel's name, instead of the table's choice.
@@ -122,15 +130,16 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
             ConversionError: when no kernel runs it; each kernel's reason is in the message.
         """
         rows, columns = quantized.q.shape
-        spec = LayerSpec(quantized.scheme, rows, columns, quantized.q.device, dtype, usage)
+        spec = LayerSpec(quantized.scheme, rows, columns, quantized.q.device, dtype, usage, conv)
         choice = choose(spec)
         if kernel is None and choice.refusal is not None:
             raise ConversionError(f"no kernel runs {quantized.scheme} on {spec.device}: {choice.refusal}")
         name = kernel or choice.kernel
         packed = kernel_named(name).pack(quantized, spec)
-        shape = (columns, rows) if transposed else (rows, columns)
+        shape = conv.weight if conv is not None else (columns, rows) if transposed else (rows, columns)
         return cls(
             packed.data, packed.scale, name, str(quantized.scheme), shape, dtype, transposed, usage,
+            1 if conv is None else conv.groups,
             zero_point=packed.zero_point, activation_scale=activation_scale, input_scale=input_scale,
         )  # fmt: skip
 
@@ -145,12 +154,21 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
     @property
     def in_features(self) -> int:
         """Length of one row of integers."""
-        return self.logical_shape[0 if self.transposed else 1]
+        return self.logical_shape[0] if self.transposed else math.prod(self.logical_shape[1:])
 
     @property
     def out_features(self) -> int:
         """Number of rows of integers."""
         return self.logical_shape[1 if self.transposed else 0]
+
+    @property
+    def conv(self) -> ConvShape | None:
+        """Shape and groups, of a convolution's weight."""
+        return ConvShape(self.logical_shape, self.groups) if self.usage == "conv" else None
+
+    def rows_of(self, weight: Tensor) -> Tensor:
+        """A float weight of the module's orientation as [out_features, in_features]."""
+        return weight.t() if self.transposed else weight.flatten(1)
 
     def integers(self) -> Quantized:
         """The integers, scales and zero points, [out_features, in_features], unpacked exactly.
@@ -166,7 +184,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
             weight = self.integers().dequantize(dtype)
         else:
             weight = (self.integers().dequantize() / self.input_scale).to(dtype)
-        return weight.t() if self.transposed else weight
+        return weight.t() if self.transposed else weight.reshape(self.logical_shape)
 
     def repack(self, device: torch.device, dtype: torch.dtype) -> QuantizedWeight:
         """The same integers for another device or float type, in the layout of the kernel that is best there."""
@@ -182,6 +200,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
             dtype,
             transposed=self.transposed,
             usage=self.usage,
+            conv=self.conv,
             activation_scale=None if self.activation_scale is None else self.activation_scale.to(device),
             input_scale=None if self.input_scale is None else self.input_scale.to(device),
         )
@@ -204,6 +223,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
             self.usage,
             _is_parameter(self),
             self.input_scale,
+            self.conv,
         )
 
     def __repr__(self) -> str:
@@ -257,11 +277,18 @@ def _from_parts(
     transposed: bool,
     usage: Usage,
     parameter: bool,
-    input_scale: Tensor | None = None,  # pickles of older versions have none
+    input_scale: Tensor | None = None,  # pickles of older versions have neither
+    conv: ConvShape | None = None,
 ) -> Tensor:
     quantized = Quantized(q, scale, zero_point, Scheme.parse(spelling))
     weight = QuantizedWeight.from_integers(
-        quantized, dtype, transposed=transposed, usage=usage, activation_scale=activation_scale, input_scale=input_scale
+        quantized,
+        dtype,
+        transposed=transposed,
+        usage=usage,
+        conv=conv,
+        activation_scale=activation_scale,
+        input_scale=input_scale,
     )
     return torch.nn.Parameter(weight, requires_grad=False) if parameter else weight
 

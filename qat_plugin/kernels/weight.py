@@ -1,8 +1,9 @@
 """Quantized weights as tensor subclasses: a converted layer keeps its class, its forward and its names.
 
 :class:`QuantizedWeight` holds a kernel's tensors and answers ``F.linear`` (nn.Linear and its subclasses),
-``torch.addmm`` (transformers' Conv1D, whose weight is [in, out]) and ``F.embedding``. :class:`CastWeight` is a float
-weight stored in a narrower float type. Both are frozen: a backward pass through an integer product raises.
+``torch.addmm`` (transformers' Conv1D, whose weight is [in, out]), ``F.conv1d``, ``F.conv2d`` and ``F.embedding``.
+:class:`CastWeight` is a float weight stored in a narrower float type. Both are frozen: a backward pass through an
+integer product raises.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qat_plugin.errors import ConversionError
+from qat_plugin.kernels.convolution import convolve
 from qat_plugin.kernels.table import kernel_named
 from qat_plugin.kernels.tensors import CastWeight, QuantizedWeight, is_converted_weight
 from qat_plugin.numerics import divided_input
@@ -87,6 +89,11 @@ def _(func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[
             "torch.addmm on a quantized weight is supported as bias + x @ weight with an [in, out] weight"
         )
     return _linear(x, weight, bias)
+
+
+@QuantizedWeight.implements_torch_function([F.conv1d, F.conv2d])
+def _(func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return convolve(args, kwargs)
 
 
 @QuantizedWeight.implements_torch_function(F.embedding)

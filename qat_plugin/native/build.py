@@ -68,10 +68,14 @@ def build(sources: Path, target: Path) -> None:
     units: list[tuple[str, str, tuple[str, ...]]] = [
         (name, f"{name}.cpp", ("-DQAT_X86",) if x86 else ()) for name in _OPERATORS
     ]
-    units += [(name, f"{name}.cpp", ()) for name in ("portable", "attention", "fake_quantize_portable")]
+    units += [
+        (name, f"{name}.cpp", ()) for name in ("portable", "attention", "fake_quantize_portable", "quantize_portable")
+    ]
     if x86:
         units += [("avx512", "avx512.cpp", _AVX512), ("avx512_bf16", "avx512.cpp", (*_AVX512, _BF16))]
-        units += [(name, f"{name}.cpp", _AVX512) for name in ("attention_avx512", "fake_quantize_avx512")]
+        units += [
+            (name, f"{name}.cpp", _AVX512) for name in ("attention_avx512", "fake_quantize_avx512", "quantize_avx512")
+        ]
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         work = Path(folder)

@@ -26,6 +26,11 @@ def _(data: Tensor, scale: Tensor, n: int, k: int, bits: int, dtype: torch.dtype
     return data.new_empty((n, k), dtype=dtype)
 
 
+@torch.library.register_fake("qat_plugin_native::to_bytes")
+def _(x: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=torch.uint8)
+
+
 @torch.library.register_fake("qat_plugin_native::fake_quantize_weight")
 def _(
     weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, group: int, bits: int, symmetric: bool, mask: int

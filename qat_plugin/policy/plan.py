@@ -19,7 +19,8 @@ class LayerPlan:
         name: the module's name without wrappers.
         type: its class name.
         roles: its roles.
-        shape: [out_features, in_features] of its weight (as stored, for layers that stay).
+        shape: [out_features, in_features] of its weight (as stored, for layers that stay; [out_channels, in_channels /
+            groups x kernel] of a convolution).
         scheme: what it becomes; ``None`` when it stays as it is.
         rule: the rule that decided.
         reason: why it stays, or why its scheme is not the one the rule asked for; else empty.
@@ -28,7 +29,7 @@ class LayerPlan:
         bytes_before, bytes_after: bytes of the weight in memory; a tied weight counts where it is seen first.
         tied_to: the layer whose Parameter this one shares, or ``None``.
         untied_bytes: bytes that conversion adds because tied layers take different schemes.
-        usage: how the weight is read: ``"linear"``, ``"embedding"`` or ``"both"``.
+        usage: how the weight is read: ``"linear"``, ``"embedding"``, ``"both"`` or ``"conv"``.
     """
 
     name: str

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qat_plugin.errors import PolicyError, did_you_mean
-from qat_plugin.kernels import LayerSpec, choose, kernel_named
+from qat_plugin.kernels import ConvShape, LayerSpec, choose, kernel_named
 from qat_plugin.policy.plan import LayerPlan, Plan
 from qat_plugin.policy.roles import Candidate, candidates
 from qat_plugin.policy.rules import Rule, check_pattern, check_used
@@ -18,6 +18,7 @@ from qat_plugin.scheme import Scheme
 
 Indivisible = Literal["divisor", "keep", "error"]
 _EVERYWHERE = "default"
+_USAGE = {"embedding": "embedding", "conv": "conv"}
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class Policy:
     them. The two sides of a tied weight follow the side that a rule names.
 
     Args:
-        rules: one scheme for all linear layers (``"w4a8-g32"``), or pattern -> scheme (see
-            :mod:`qat_plugin.policy.rules`); the key ``"default"`` sets ``default``, the value ``None`` or ``"keep"``
-            keeps.
+        rules: one scheme for all linear layers (``"w4a8-g32"``; ``"w8a8-static"`` is for convolutions too), or pattern
+            -> scheme (see :mod:`qat_plugin.policy.rules`); the key ``"default"`` sets ``default``, the value ``None``
+            or ``"keep"`` keeps.
         default: scheme of linear layers that no rule matches; ``None`` keeps them.
         keep: patterns of layers that stay as they are.
         indivisible: what to do with a layer whose ``in_features`` the group size does not divide: take the largest
@@ -102,13 +103,17 @@ class Policy:
                 group size does not divide and ``indivisible="error"``, when a rule asks for the impossible.
         """
         name, found = type(model).__name__, candidates(model)
-        if not any(c.kind in ("linear", "conv1d", "embedding") for c in found):
-            raise PolicyError(f"{name} has no Linear, Conv1D or Embedding layer: there is nothing to quantize")
+        if not any(c.kind in ("linear", "conv1d", "conv", "embedding") for c in found):
+            raise PolicyError(
+                f"{name} has no Linear, Conv1d, Conv2d, Conv1D or Embedding layer: there is nothing to quantize"
+            )
         every = [*(Rule(pattern, None) for pattern in self.keep), *self.rules]
         decided = _decide(found, every)
         check_used(every, found, decided, name)
         listed = [c for c in found if c.kind != "norm" or c.name in decided]
         target = None if device is None else torch.device(device)
+        for rule in self.rules:
+            _check_convolutions(rule, [c for c in found if decided.get(c.name) is rule])
         layers = [self._layer(c, decided.get(c.name), len(self.keep), every, target, dtype) for c in listed]
         return Plan(tuple(_tie(layers, listed, decided, target, dtype)), name)
 
@@ -150,6 +155,8 @@ class Policy:
                 f"rule {layer.rule!r} gives {scheme} to {layer.name} ({layer.type}): normalisation layers are not "
                 "quantized to integers; keep them or give them fp32, bf16 or fp16"
             )
+        if candidate.kind == "conv" and not runs_convolutions(scheme):
+            return replace(layer, reason=_no_convolution(scheme))
         scheme, reason = _without_activation(candidate, scheme)
         in_features = candidate.out_in[1]
         if scheme.group_size is not None and scheme.kind == "integer" and in_features % scheme.group_size:
@@ -164,6 +171,29 @@ class Policy:
             scheme = scheme.with_group_size(largest_divisor(in_features, scheme.group_size))
             reason = f"{text}: g{scheme.group_size}" + (f"; {reason}" if reason else "")
         return _with_kernel(replace(layer, scheme=scheme, reason=reason), candidate, device, dtype)
+
+
+def runs_convolutions(scheme: Scheme) -> bool:
+    """Whether a scheme is one for convolutions too: a float type, or INT8 by calibrated INT8."""
+    static8 = scheme.is_integer and scheme.weight_bits == 8 and scheme.static
+    return scheme.is_float or (static8 and scheme.symmetric and scheme.group_size is None)
+
+
+def _no_convolution(scheme: Scheme) -> str:
+    return f"{scheme} has no integer kernel for convolutions: w8a8-static has"
+
+
+def _check_convolutions(rule: Rule, decides: list[Candidate]) -> None:
+    """Raise when a rule speaks of convolutions alone and gives them what they cannot take."""
+    convolutions = [c for c in decides if c.kind == "conv" and not c.blocked]
+    if rule.scheme is None or runs_convolutions(rule.scheme) or not convolutions:
+        return
+    if all(c.kind in ("conv", "norm", "unsupported") for c in decides):
+        raise PolicyError(
+            f"rule {rule.pattern!r} gives {rule.scheme} to {convolutions[0].name} "
+            f"({type(convolutions[0].module).__name__}): convolutions run as w8a8-static, or as fp32, bf16 or fp16; "
+            "give them one of these, or keep them"
+        )
 
 
 def _decide(found: list[Candidate], rules: list[Rule]) -> dict[str, Rule]:
@@ -199,7 +229,7 @@ def _as_it_is(candidate: Candidate) -> LayerPlan:
         shape = tuple(weight.shape) if candidate.kind in ("unsupported", "norm") else candidate.out_in
     return LayerPlan(
         candidate.name, type(candidate.module).__name__, candidate.roles, shape, None, "-",
-        bytes_before=size, bytes_after=size, usage="embedding" if candidate.kind == "embedding" else "linear",
+        bytes_before=size, bytes_after=size, usage=_USAGE.get(candidate.kind, "linear"),
     )  # fmt: skip
 
 
@@ -223,7 +253,8 @@ def _with_kernel(
     assert layer.scheme is not None
     weight: torch.Tensor = candidate.module.weight  # type: ignore[assignment]
     rows, columns = candidate.out_in
-    spec = LayerSpec(layer.scheme, rows, columns, device or weight.device, dtype or weight.dtype, layer.usage)  # type: ignore[arg-type]
+    conv = ConvShape(tuple(weight.shape), candidate.module.groups) if candidate.kind == "conv" else None  # type: ignore[arg-type]
+    spec = LayerSpec(layer.scheme, rows, columns, device or weight.device, dtype or weight.dtype, layer.usage, conv)  # type: ignore[arg-type]
     choice = choose(spec)
     if choice.refusal is not None:
         return replace(layer, kernel="none", note=f"cannot be converted on {spec.device.type}: {choice.refusal}")

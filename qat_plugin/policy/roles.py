@@ -7,6 +7,7 @@ names that the field uses, so that they fit Llama, GPT-2, BERT, T5, ViT and plai
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 ROLES: Final[tuple[str, ...]] = ("embedding", "attention", "ffn", "head", "norm", "first", "last")
-Kind = Literal["linear", "conv1d", "embedding", "norm", "unsupported"]
+Kind = Literal["linear", "conv1d", "conv", "embedding", "norm", "unsupported"]
 
 _WRAPPERS: Final = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
 _ADAPTERS = re.compile(r"(^|\.)(lora_\w+|ia3_\w+|modules_to_save|original_module)(\.|$)")
@@ -34,7 +35,8 @@ _NO_KERNEL: Final[dict[type[nn.Module], str]] = {
     nn.RNNCellBase: "recurrent layers have no integer kernel",
     nn.Bilinear: "nn.Bilinear has no integer kernel",
     nn.EmbeddingBag: "nn.EmbeddingBag has no integer kernel",
-    nn.modules.conv._ConvNd: "convolutions have no integer kernel yet",
+    nn.modules.conv._ConvTransposeNd: "transposed convolutions have no integer kernel",
+    nn.Conv3d: "three-dimensional convolutions have no integer kernel",
 }
 
 
@@ -46,7 +48,8 @@ class Candidate:
         path: its name in ``model.named_modules()``.
         name: the same without wrappers (``_orig_mod.``, ``module.``, ``base_model.model.``, ...); unique.
         module: the module itself.
-        kind: what it computes; ``"unsupported"`` ones are listed and kept.
+        kind: what it computes (``"conv"`` is nn.Conv1d or nn.Conv2d, ``"conv1d"`` transformers' Conv1D, a linear
+            layer); ``"unsupported"`` ones are listed and kept.
         roles: its roles, in the order of :data:`ROLES`.
         blocked: why it cannot be quantized, or an empty string.
     """
@@ -62,6 +65,8 @@ class Candidate:
     def out_in(self) -> tuple[int, int]:
         """[out_features, in_features] of the weight as integers are laid out."""
         shape: torch.Size = self.module.weight.shape  # type: ignore[assignment]
+        if self.kind == "conv":
+            return shape[0], math.prod(shape[1:])
         return (shape[1], shape[0]) if self.kind == "conv1d" else (shape[0], shape[-1])
 
 
@@ -110,6 +115,8 @@ def _kind(module: nn.Module) -> Kind | None:
         return "embedding"
     if isinstance(module, tuple(_NO_KERNEL)):
         return "unsupported"
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return "conv"
     if "Norm" in type(module).__name__ and isinstance(getattr(module, "weight", None), Tensor):
         return "norm"
     return None

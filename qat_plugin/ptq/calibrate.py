@@ -35,6 +35,7 @@ from qat_plugin.qat import (
     synchronize_observers,
     unprepare,
 )
+from qat_plugin.qat.folding import Unfolded, fold_norms
 
 
 def calibrate(
@@ -88,10 +89,12 @@ def calibrate(
     chosen, options = method_named(method), gptq or GptqOptions()
     data = list(batches)
     fresh = not is_prepared(model)
+    unfolded = Unfolded(model) if fresh else None
     if fresh:
         prepare(model, plan, observer=observer or DEFAULT_FOR_CALIBRATION)  # type: ignore[arg-type]
     elif observer is not None:
         observe_with(model, observer)
+    fold_norms(model)
     settings = {"method": method, "gptq": options, "observer": observer, "plan": plan_of(model).without_kernels()}
     walker = Walker(model, data, chosen, options, None if offload is None else torch.device(offload))
     try:
@@ -106,10 +109,13 @@ def calibrate(
             results = walker.walk()
         check_observed(model)
     except BaseException:
-        if walker.results and chosen.looks:
+        partly = bool(walker.results) and chosen.looks
+        if partly:
             warnings.warn(f"{type(model).__name__} is partly quantized: load its weights anew", stacklevel=2)
         if fresh:
             unprepare(model)
+        if unfolded is not None and not partly:
+            unfolded.restore()
         raise
     set_phase(model, Phase.FROZEN)
     remember(model, Calibration(method, results))

@@ -1,5 +1,7 @@
 """Fake quantization in place: weights keep their names and Parameter objects, phases are state."""
 
+from qat_plugin.qat.folded import folds
+from qat_plugin.qat.folding import fold_norms
 from qat_plugin.qat.held import hold, set_input_scale
 from qat_plugin.qat.prepare import (
     get_phase,
@@ -31,6 +33,8 @@ __all__ = [
     "calibrating",
     "capture_inputs",
     "check_observed",
+    "fold_norms",
+    "folds",
     "get_phase",
     "hold",
     "is_prepared",

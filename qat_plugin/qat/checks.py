@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qat_plugin.errors import PrepareError, QatError
 from qat_plugin.numerics import check_group_size
-from qat_plugin.policy import Candidate, LayerPlan, Plan, candidates, unknown_layers
+from qat_plugin.policy import Candidate, LayerPlan, Plan, candidates, runs_convolutions, unknown_layers
 from qat_plugin.policy.roles import is_quantized
 from qat_plugin.qat.layers import FakeQuantized
 
@@ -68,6 +68,8 @@ def planned_layers(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
         if candidate.blocked:
             raise PrepareError(f"{entry.name} cannot take {scheme}: {candidate.blocked}")
         _check_same_layer(entry, candidate, layers, sharing)
+        if candidate.kind == "conv" and scheme is not None and not runs_convolutions(scheme):
+            raise PrepareError(f"{entry.name} is a convolution, which cannot take {scheme}: give it w8a8-static")
         if scheme is not None and scheme.kind == "nf4":
             raise PrepareError(
                 f"{entry.name}: {scheme} is a frozen base for QLoRA fine-tuning, not a scheme to train in"

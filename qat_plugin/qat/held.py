@@ -40,10 +40,10 @@ def hold(layer: nn.Module, quantized: Quantized, *, write: bool = True) -> None:
     scale, zero_point = quantized.scale.to(weight.device), quantized.zero_point
     zero_point = None if zero_point is None else zero_point.to(weight.device)
     if write:
-        if quantizer.input_scale is None:
-            rows.copy_(quantized.dequantize(weight.dtype))
-        else:
-            rows.copy_(quantized.dequantize().to(weight.device) / quantizer.input_scale)
+        numbers = quantized.dequantize(weight.dtype)
+        if quantizer.input_scale is not None:
+            numbers = quantized.dequantize().to(weight.device) / quantizer.input_scale
+        weight.copy_(quantizer.as_weight(numbers, weight))
     quantizer.hold(scale, zero_point)
     if write and not torch.equal(quantizer.integers(weight).q, quantized.q.to(weight.device)):
         kind = str(weight.dtype).removeprefix("torch.")

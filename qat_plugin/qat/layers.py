@@ -1,8 +1,8 @@
 """Layers that fake-quantize: the user's own class, extended in place.
 
 A layer keeps its identity, Parameters, hooks and mode; only its class becomes a subclass that is made here. nn.Linear,
-nn.Embedding and transformers' Conv1D have a forward of a few words, which is written out; any other subclass keeps its
-own forward, during which ``self.weight`` is the fake-quantized weight.
+nn.Conv1d, nn.Conv2d, nn.Embedding and transformers' Conv1D have a forward of a few words, which is written out; any
+other subclass keeps its own forward, during which ``self.weight`` is the fake-quantized weight.
 """
 
 from __future__ import annotations
@@ -58,6 +58,19 @@ class _Conv1D(FakeQuantized):
         return F.linear(x, quantizer.fake_parameter(self.weight), self.bias)
 
 
+class _Convolution(FakeQuantized):
+    weight: Tensor
+    bias: Tensor | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        quantizer = self.fake_quantizer
+        x, weight = quantizer.fake_input(input), self.weight
+        if quantizer.active:
+            weight = quantizer.as_weight(quantizer.fake_parameter(weight), weight)
+        y: Tensor = self._conv_forward(x, weight, self.bias)  # type: ignore[attr-defined]
+        return y
+
+
 class _Embedding(FakeQuantized):
     weight: Tensor
     padding_idx: int | None
@@ -84,7 +97,7 @@ class _OwnForward(FakeQuantized):
         quantizer, own = self.fake_quantizer, self.__dict__.get("weight")  # a pruned layer's weight is an attribute
         weight = self.weight
         if quantizer.active:
-            self.__dict__["weight"] = weight = quantizer.rows(quantizer.fake_parameter(weight))
+            self.__dict__["weight"] = weight = quantizer.as_weight(quantizer.fake_parameter(weight), weight)
         try:
             if self.weight is not weight:
                 raise PrepareError(f"{quantizer.layer.name}: a parametrization was put on its weight after prepare()")
@@ -106,14 +119,21 @@ class _OwnForward(FakeQuantized):
             return result
         layer = self.fake_quantizer.layer
         raise PrepareError(
-            f"{layer.name} ({base_class(self).__name__}): its forward does not call F.linear(x, self.weight), so that "
-            f"{layer.scheme} cannot {'round' if quantizer.scheme.quantizes_activations else 'divide'} its activations. "
+            f"{layer.name} ({base_class(self).__name__}): its forward does not call F.linear(x, self.weight) (or "
+            f"F.conv1d, F.conv2d), so that {layer.scheme} cannot "
+            f"{'round' if quantizer.scheme.quantizes_activations else 'divide'} its activations. "
             "Keep this layer or give it a weight-only scheme (without an input scale)"
         )
 
 
+_PRODUCTS: dict[Any, tuple[str, ...]] = {
+    **dict.fromkeys((F.linear, F.conv1d, F.conv2d), ("input", "weight")),
+    torch.addmm: ("input", "mat1", "mat2"),
+}
+
+
 class _AtTheProduct(TorchFunctionMode):
-    """Fake-quantizes what is multiplied by one weight, by F.linear or (Conv1D) torch.addmm."""
+    """Fake-quantizes what meets one weight in F.linear, F.conv1d, F.conv2d or (transformers' Conv1D) torch.addmm."""
 
     def __init__(self, quantizer: LayerQuantizer, weight: Tensor) -> None:
         super().__init__()
@@ -122,8 +142,8 @@ class _AtTheProduct(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Find the product among all calls inside."""
         kwargs = dict(kwargs or {})
-        if func is F.linear or func is torch.addmm:
-            names = ("input", "weight") if func is F.linear else ("input", "mat1", "mat2")
+        if func in _PRODUCTS:
+            names = _PRODUCTS[func]
             call = {**dict(zip(names, args, strict=False)), **kwargs}
             if call.get(names[-1]) is self.weight:
                 self.seen = True
@@ -140,6 +160,8 @@ def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None
 def _behaviour(base: type[nn.Module]) -> type[FakeQuantized]:
     if base.forward is nn.Linear.forward:
         return _Linear
+    if base.forward in (nn.Conv1d.forward, nn.Conv2d.forward):
+        return _Convolution
     if base.forward is nn.Embedding.forward:
         return _Embedding
     if base.__name__ == "Conv1D" and base.__module__ == "transformers.pytorch_utils":

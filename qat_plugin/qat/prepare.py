@@ -8,6 +8,8 @@ from qat_plugin.errors import PrepareError
 from qat_plugin.observers.spelling import DEFAULT_FOR_TRAINING, ObserverSpec
 from qat_plugin.policy import Plan, Policy, PolicyLike
 from qat_plugin.qat.checks import check_materialised, check_untouched, planned_layers
+from qat_plugin.qat.folded import folds, unmark
+from qat_plugin.qat.folding import fold_norms
 from qat_plugin.qat.layers import (
     ATTRIBUTE,
     FakeQuantized,
@@ -31,7 +33,9 @@ def prepare(
     """Insert fake quantization into a model, in place.
 
     Parameter objects, names, dtypes, hooks, ties and train/eval mode survive; ``state_dict()`` stays the float model's.
-    Call it before the optimizer is built, and before sharding or DDP wraps the model.
+    Call it before the optimizer is built, and before sharding or DDP wraps the model. A BatchNorm behind a layer of a
+    static scheme is folded into it when fake quantization begins (:func:`set_phase`), which is now unless ``phase`` is
+    an earlier one; prepare a network that is to be trained from scratch in ``Phase.OBSERVING``.
 
     Args:
         model: any module; its layers are extended in place.
@@ -126,6 +130,8 @@ def is_prepared(model: nn.Module) -> bool:
 def unprepare(model: nn.Module) -> nn.Module:
     """Take fake quantization out again, in place: classes are the user's own, weights are untouched.
 
+    A BatchNorm that was folded stays folded in its numbers, and computes the same in evaluation mode.
+
     Raises:
         PrepareError: when the model is not prepared, or a layer was parametrized since; nothing is changed then.
     """
@@ -134,6 +140,8 @@ def unprepare(model: nn.Module) -> nn.Module:
         raise _not_prepared(model)
     for layer in layers:
         check_restorable(layer)
+    for fold in folds(model):
+        unmark(fold)
     for layer in layers:
         restore(layer)
     return model
@@ -168,10 +176,15 @@ def plan_of(model: nn.Module) -> Plan:
 def set_phase(model: nn.Module, phase: Phase) -> None:
     """Move every prepared layer to a phase.
 
+    Where fake quantization begins, each BatchNorm behind a layer of a static scheme is folded into it (see
+    :mod:`qat_plugin.qat.folding`), which changes weights and statistics and not what the model computes in evaluation.
+
     Raises:
         PrepareError: when the model is not prepared.
     """
     phase, layers = as_phase(phase), required_layers(model)
+    if phase in (Phase.FAKE_QUANTIZED, Phase.FROZEN):
+        fold_norms(model)
     for layer in layers.values():
         getattr(layer, ATTRIBUTE).enter(phase, current_weight(layer))
 

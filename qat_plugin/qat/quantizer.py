@@ -110,8 +110,14 @@ class LayerQuantizer(nn.Module):
         return self.phase in (Phase.FAKE_QUANTIZED, Phase.FROZEN)
 
     def rows(self, weight: Tensor) -> Tensor:
-        """The weight as [out_features, in_features]."""
+        """The weight as [out_features, in_features]; a convolution's as [out_channels, everything else]."""
+        if self.layer.usage == "conv":
+            return weight.flatten(1)
         return weight.t() if self.transposed else weight
+
+    def as_weight(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """Rows in the orientation and shape of ``weight``: the inverse of :meth:`rows`."""
+        return rows.t() if self.transposed else rows.reshape(weight.shape)
 
     def scaled_rows(self, weight: Tensor) -> Tensor:
         """What the integers are taken of, [out_features, in_features]: the rows, times the input scale in float32."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from qat_plugin.errors import CheckpointError, did_you_mean
 from qat_plugin.observers.spelling import DEFAULT_FOR_TRAINING
+from qat_plugin.qat.folding import fold_names, set_folds
 from qat_plugin.qat.layers import ATTRIBUTE, current_weight
 from qat_plugin.qat.prepare import get_phase, plan_of, quantizers, required_layers
 from qat_plugin.qat.quantizer import LayerQuantizer, Phase
@@ -29,6 +30,7 @@ def quantizer_state(model: nn.Module) -> dict[str, Any]:
         "version": STATE_VERSION,
         "phase": get_phase(model).value,
         "plan": plan_of(model).without_kernels().to_list(),
+        "folded": fold_names(model),
         "layers": {name: quantizer.export_state() for name, quantizer in quantizers(model).items()},
         **({} if (observer := observer_of(model)) is None else {"observer": str(observer)}),
     }
@@ -49,6 +51,7 @@ def load_quantizer_state(model: nn.Module, state: Mapping[str, Any]) -> None:
         phase, tensors = Phase(state["phase"]), state["layers"]
         theirs = {entry["name"]: entry["scheme"] for entry in state["plan"] if entry["scheme"] is not None}
         states = {name: dict(tensors[name]) for name in theirs}
+        folded = [tuple(map(str, pair)) for pair in state.get("folded", ())]
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -63,6 +66,7 @@ def load_quantizer_state(model: nn.Module, state: Mapping[str, Any]) -> None:
         )
     for name, quantizer in mine.items():
         quantizer.check_state(states[name], phase)
+    set_folds(model, folded)
     for name, quantizer in mine.items():
         quantizer.import_state(states[name], phase, current_weight(layers[name]).device)
 

@@ -17,6 +17,7 @@ from qat_plugin.qat.prepare import quantizers, required_layers
 from qat_plugin.qat.quantizer import LayerQuantizer, Phase
 
 _ROWS_KEPT = 64
+_IMAGES_KEPT = 4
 
 
 @contextmanager
@@ -105,8 +106,8 @@ def capture_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Collect a few rows of real input of each prepared layer from the forward passes inside.
 
     Yields:
-        A dict that fills up: plan name -> [at most 64, in_features] (or token ids [at most 64] for an embedding),
-        from the last pass, detached.
+        A dict that fills up: plan name -> [at most 64, in_features] (token ids [at most 64] for an embedding, [at most
+        4, channels, *size] for a convolution), from the last pass, detached.
 
     Raises:
         PrepareError: when the model is not prepared.
@@ -127,6 +128,10 @@ def _keep_rows(name: str, captured: dict[str, Tensor]) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = first_tensor(args, kwargs)
         if x is None or x.numel() == 0:
+            return
+        if getattr(module, ATTRIBUTE).layer.usage == "conv":
+            images = x.detach() if x.dim() == module.weight.dim() else x.detach().unsqueeze(0)  # type: ignore[operator]
+            captured[name] = images[:_IMAGES_KEPT].clone()
             return
         if x.is_nested:
             x = torch.cat(x.unbind())

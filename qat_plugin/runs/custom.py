@@ -16,6 +16,7 @@ from qat_plugin.config.targets import instantiate, is_target
 from qat_plugin.config.typed import option_of
 from qat_plugin.errors import ConfigError
 from qat_plugin.models.causal_lm import CausalLM
+from qat_plugin.models.image import ImageClassifier
 from qat_plugin.runs.subject import Subject, first_loader, placed
 
 _NESTED: Final = (nn.Module,)
@@ -71,11 +72,11 @@ def with_optimizer(module: L.LightningModule, config: Config, allow: tuple[str, 
 
         configure_optimizers()  # a mistake in its arguments shows now
         module.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
-    elif not isinstance(module, CausalLM):
+    elif not isinstance(module, (CausalLM, ImageClassifier)):
         chosen = option_of(config, "optimizer")
         if chosen != "own":
             raise ConfigError(
-                f"optimizer={chosen} is for the language models that qat loads; with model=custom say optimizer=own "
+                f"optimizer={chosen} is for the models that qat brings; with model=custom say optimizer=own "
                 f"(the configure_optimizers of {name}) or optimizer=custom"
             )
         if not is_overridden("configure_optimizers", module):

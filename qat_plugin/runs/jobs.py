@@ -30,6 +30,7 @@ from qat_plugin.runs.custom import custom_subject
 from qat_plugin.runs.doctor import examination
 from qat_plugin.runs.folder import ADAPTER, CONVERTED, MERGED, RunFolder, open_folder
 from qat_plugin.runs.forecasting import WILL_NOT_FIT, choose_card, forecast_run
+from qat_plugin.runs.image_net import image_subject
 from qat_plugin.runs.interruption import EXIT_CODE, Interrupted, Interruptions
 from qat_plugin.runs.journal import journal, say
 from qat_plugin.runs.ladder import Ladder
@@ -139,8 +140,8 @@ def evaluate(job: Job) -> None:
 def subject_of(job: Job) -> Subject:
     """The model and the data that a recipe names, loaded or built."""
     L.seed_everything(job.config.trainer.seed, workers=True, verbose=False)
-    custom = option_of(job.config, "model") == "custom"
-    return (custom_subject if custom else language_subject)(job.config, job.allow)
+    subjects = {"custom": custom_subject, "image": image_subject}
+    return subjects.get(option_of(job.config, "model"), language_subject)(job.config, job.allow)
 
 
 def climb(job: Job, command: str) -> int:

@@ -20,7 +20,7 @@ from qat_plugin.callbacks import ExactResume, QuantizationAwareTraining
 from qat_plugin.config.schema import Config
 from qat_plugin.policy import Plan
 from qat_plugin.ptq import GptqOptions, calibrate, calibration_of
-from qat_plugin.qat import load_quantizer_state, prepare, quantizer_state
+from qat_plugin.qat import Phase, load_quantizer_state, prepare, quantizer_state
 from qat_plugin.qat.state import observer_in
 from qat_plugin.runs.atomic import replacing
 from qat_plugin.runs.rungs import Rungs
@@ -82,7 +82,8 @@ class Ladder(Rungs):
         """The network of the QAT stage as training ended with it: float weights behind its own scales."""
         network = self._trained("qat")
         state = read_checkpoint(self._checkpoints("qat") / _QUANTIZERS)
-        prepare(network, self.plan, learn_scales=self.config.qat.learn_scales, observer=observer_in(state))
+        options: dict[str, Any] = {"learn_scales": self.config.qat.learn_scales, "observer": observer_in(state)}
+        prepare(network, self.plan, phase=Phase.FLOAT, **options)
         load_quantizer_state(network, state)
         return network
 
@@ -130,4 +131,10 @@ def _renamed(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         return None if name is None else name.removeprefix(prefix)
 
     plan = [{**layer, "name": own(layer["name"]), "tied_to": own(layer["tied_to"])} for layer in state["plan"]]
-    return {**state, "plan": plan, "layers": {own(name): layer for name, layer in state["layers"].items()}}
+    folded = [[own(name) for name in pair] for pair in state["folded"]]
+    return {
+        **state,
+        "plan": plan,
+        "folded": folded,
+        "layers": {own(name): layer for name, layer in state["layers"].items()},
+    }

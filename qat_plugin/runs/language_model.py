@@ -44,7 +44,7 @@ def language_subject(config: Config, allow: tuple[str, ...]) -> Subject:
     distillation = Distillation(config.distill.weight, config.distill.temperature) if config.distill.weight else None
 
     def module_of(model: Any, **options: Any) -> L.LightningModule:
-        module = CausalLM(model, tokenizer, **_schedule(config.optimizer), **options)
+        module = CausalLM(model, tokenizer, **optimizer_schedule(config.optimizer), **options)
         return placed(with_optimizer(module, config, allow), config)
 
     def build_from(folder: Path) -> L.LightningModule:
@@ -103,7 +103,8 @@ def _float(path: Path) -> Any:
     return model
 
 
-def _schedule(optimizer: Any) -> dict[str, Any]:
+def optimizer_schedule(optimizer: Any) -> dict[str, Any]:
+    """AdamW's options as the modules that qat builds take them; nothing for an optimizer of the user's."""
     if not isinstance(optimizer, AdamW):
         return {}
     options = {name: value for name, value in asdict(optimizer).items() if name not in ("kind", "bits")}

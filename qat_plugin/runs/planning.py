@@ -9,7 +9,15 @@ from torch import nn
 from qat_plugin.callbacks import Schedule
 from qat_plugin.config.fields import is_hub_name
 from qat_plugin.config.launch import Job
-from qat_plugin.config.options import EmbeddedText, InstructionFiles, TextFiles, TransformersModel
+from qat_plugin.config.options import (
+    EmbeddedText,
+    IdxFolder,
+    ImageModel,
+    Images,
+    InstructionFiles,
+    TextFiles,
+    TransformersModel,
+)
 from qat_plugin.config.schema import Config
 from qat_plugin.config.targets import is_target
 from qat_plugin.config.typed import option_of
@@ -125,6 +133,11 @@ def check_choices(config: Config) -> None:
         if not is_target(config.data):
             raise ConfigError("model=custom needs data=custom: your LightningDataModule, data._target_=package.Class")
         return
+    if isinstance(config.model, ImageModel):
+        _check_image_choices(config)
+        return
+    if isinstance(config.data, Images):
+        raise ConfigError(f"data={config.data.kind} holds images, for model=image; a language model learns from text")
     if option_of(config, "optimizer") == "own":
         raise ConfigError("optimizer=own is for model=custom: a language model that qat loads has none of its own")
     if not isinstance(config.data, (EmbeddedText, InstructionFiles, TextFiles)):
@@ -140,6 +153,17 @@ def check_choices(config: Config) -> None:
     if isinstance(config.data, (InstructionFiles, TextFiles)):
         _check_path("data.train", config.data.train)
         _check_path("data.valid", config.data.valid)
+
+
+def _check_image_choices(config: Config) -> None:
+    if not isinstance(config.data, Images):
+        raise ConfigError("model=image needs images: data=digits, or data=idx data.path=DIR")
+    if option_of(config, "optimizer") == "own":
+        raise ConfigError("optimizer=own is for model=custom: the image net that qat brings has none of its own")
+    if config.lora.enabled or config.distill.weight:
+        raise ConfigError("adapters (lora) and distillation (distill.weight) are for language models, not model=image")
+    if isinstance(config.data, IdxFolder):
+        _check_path("data.path", config.data.path)
 
 
 def _check_path(key: str, given: str | None) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from qat_plugin.config.options import EmbeddedModel
+from qat_plugin.config.options import EmbeddedModel, ImageModel
 from qat_plugin.config.schema import Config
 from qat_plugin.config.typed import option_of
 from qat_plugin.errors import CheckpointError, ConfigError
 from qat_plugin.kernels.torchao_import import known_noise_dropped
 from qat_plugin.models.embedded import _model as embedded_architecture
+from qat_plugin.models.resnet import SmallResNet
 from qat_plugin.models.shapes import shape_config
 from qat_plugin.runs.custom import build_custom
 from qat_plugin.runs.language_model import embedded_recipe
@@ -31,6 +32,9 @@ def skeleton_of(config: Config, allow: tuple[str, ...]) -> nn.Module:
     shape = planned_shape(config)
     if option_of(config, "model") == "custom":
         return network_of(build_custom(config, allow))
+    if isinstance(config.model, ImageModel):
+        with torch.device("meta"):
+            return SmallResNet(config.model.classes, 1, config.model.width)
     dtype = torch.bfloat16 if config.trainer.precision == "bf16-true" else torch.float32
     with torch.device("meta"), known_noise_dropped():  # transformers imports parts of torchao
         if isinstance(config.model, EmbeddedModel) and shape is None:

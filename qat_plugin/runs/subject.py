@@ -16,6 +16,7 @@ from torch import nn
 from qat_plugin.config.schema import Config
 from qat_plugin.measure import evaluate_classifier, evaluate_lm
 from qat_plugin.models.causal_lm import CausalLM
+from qat_plugin.models.image import ImageClassifier
 from qat_plugin.report.model import Metrics
 from qat_plugin.runs.training import accelerator_of
 
@@ -104,7 +105,7 @@ def casting_inputs(model: nn.Module) -> Iterator[None]:
 
 def network_of(module: L.LightningModule) -> nn.Module:
     """The model inside a LightningModule: what is measured, converted and shipped."""
-    return module.model if isinstance(module, CausalLM) else module
+    return module.model if isinstance(module, (CausalLM, ImageClassifier)) else module
 
 
 def name_prefix(module: L.LightningModule) -> str:

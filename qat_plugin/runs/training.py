@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,6 +72,8 @@ def train(
         **_validation(config),
     )
     module.train()
+    # norms that were folded stay in evaluation mode, as they should
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
     trainer.fit(module, datamodule=data, ckpt_path=checked(last) if last.exists() else None, weights_only=True)
 
 

@@ -130,5 +130,38 @@ def test_a_norm_may_be_cast_but_not_quantized() -> None:
 
 
 def test_a_model_with_nothing_to_quantize() -> None:
-    with pytest.raises(PolicyError, match="no Linear, Conv1D or Embedding"):
-        Policy("w8a8").plan(nn.Sequential(nn.ReLU(), nn.Conv2d(3, 3, 3)))
+    with pytest.raises(PolicyError, match="no Linear, Conv1d, Conv2d, Conv1D or Embedding"):
+        Policy("w8a8").plan(nn.Sequential(nn.ReLU(), nn.ConvTranspose2d(3, 3, 3)))
+
+
+def convolutional() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv1d(8, 8, 3), nn.Flatten(), nn.Linear(8, 4))
+
+
+def test_one_static_scheme_is_for_convolutions_and_linears() -> None:
+    plan = Policy("w8a8-static").plan(convolutional())
+    assert [(layer.name, layer.shape, layer.usage) for layer in plan.quantized] == [
+        ("0", (8, 27), "conv"), ("2", (8, 24), "conv"), ("4", (4, 8), "linear"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16-g32", "w8a16", "w8a8-static-g4", "w8a8-static-asym"])
+def test_other_schemes_leave_convolutions_and_say_what_works(scheme: str) -> None:
+    plan = Policy(scheme).plan(convolutional())
+    assert [layer.name for layer in plan.quantized] == ["4"]
+    assert all("w8a8-static" in layer.reason for layer in plan.kept)
+    assert [layer.name for layer in Policy({"*": scheme}).plan(convolutional()).quantized] == ["4"]
+
+
+@pytest.mark.parametrize("pattern", ["type:Conv2d", "0", "first"])
+def test_a_rule_that_names_convolutions_alone_is_told_what_they_take(pattern: str) -> None:
+    with pytest.raises(PolicyError, match=r"gives w4a16-g32 to 0 \(Conv2d\): convolutions run as w8a8-static"):
+        Policy({pattern: "w4a16-g32"}).plan(convolutional())
+    assert Policy({pattern: "bf16"}).plan(convolutional()).quantized[0].kernel == "cast"
+
+
+def test_convolutions_without_a_kernel_are_listed_with_the_reason() -> None:
+    model = nn.ModuleDict({"up": nn.ConvTranspose2d(3, 3, 3), "video": nn.Conv3d(3, 3, 3), "image": nn.Conv2d(3, 3, 3)})
+    plan = Policy("w8a8-static").plan(model)
+    assert [layer.name for layer in plan.quantized] == ["image"]
+    assert "transposed" in plan["up"].reason and "three-dimensional" in plan["video"].reason

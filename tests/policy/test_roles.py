@@ -108,7 +108,7 @@ def test_names_that_would_collide_without_wrappers_keep_them() -> None:
 def test_layers_without_a_kernel_are_listed_with_the_reason() -> None:
     model = nn.ModuleDict(
         {
-            "conv": nn.Conv2d(3, 4, 3),
+            "conv": nn.Conv3d(3, 4, 3),
             "lstm": nn.LSTM(4, 4),
             "mha": nn.MultiheadAttention(8, 2),
             "bag": nn.EmbeddingBag(4, 4),

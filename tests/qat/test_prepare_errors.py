@@ -72,7 +72,7 @@ def test_a_plan_that_changes_nothing() -> None:
     plan = Policy({}).plan(MLP())
     with pytest.raises(PrepareError, match=r"changes no layer of MLP \(up: .+; down: .+\)"):
         prepare(MLP(), plan)
-    with pytest.raises(PolicyError, match=r"no Linear, Conv1D or Embedding"):
+    with pytest.raises(PolicyError, match=r"no Linear, Conv1d, Conv2d, Conv1D or Embedding"):
         prepare(nn.Sequential(nn.ReLU()), "w8a8")
 
 

@@ -19,6 +19,7 @@ from qat_plugin.report import read_report
 from qat_plugin.runs.language_model import embedded_recipe
 from qat_plugin.runs.progress import TrainingProgress
 from qat_plugin.runs.skeleton import skeleton_of
+from tests.data.mnist import write_mnist
 
 from .conftest import Qat
 
@@ -29,6 +30,11 @@ SMALL = EmbeddedModel(
 QUICK = (
     "trainer.max_steps=2", "trainer.threads=1", "data.batch_size=2", "data.sequence_length=32", "data.eval_tokens=330",
     "measure.latency_rounds=1", "measure.latency_tokens=[1,3]",
+)  # fmt: skip
+IMAGES = ("qat_int8_cnn", "ptq_int8_cnn")
+QUICK_IMAGES = (
+    "trainer.max_steps=2", "trainer.threads=1", "data.batch_size=16", "data.eval_batch_size=3", "model.width=4",
+    "model.steps=4", "measure.latency_rounds=1",
 )  # fmt: skip
 LARGE = ("qlora_7b", "qlora_70b_one_gpu", "qlora_70b_48gb")
 TRAINED = {"mixed_auto": "PTQ", "qlora_tiny": "merged, w4a16-g32", "qat_lora_tiny": "QAT + LoRA"}
@@ -58,6 +64,8 @@ def small_model() -> list[str]:
 
 
 def arguments(name: str, text: tuple[Path, Path]) -> list[str]:
+    if name in IMAGES:
+        return [*QUICK_IMAGES]
     if name == "qat_int4_llama":
         folder = embedded_lm(recipe=embedded_recipe(SMALL), progress=False)
         return [f"model.path={folder}", f"data.train={text[0]}", f"data.valid={text[1]}"]
@@ -70,7 +78,8 @@ def arguments(name: str, text: tuple[Path, Path]) -> list[str]:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_runs_from_nothing_to_report(name: str, qat: Qat, text: tuple[Path, Path]) -> None:
-    done = qat(f"recipe={name}", "run.dir=here", *QUICK, *arguments(name, text))
+    quick = () if name in IMAGES else QUICK
+    done = qat(f"recipe={name}", "run.dir=here", *quick, *arguments(name, text))
     assert done.code == 0, done.err
     assert done.err.replace("training the embedded model", "") == done.err, "two seconds are not up"
     if name == "sensitivity":
@@ -84,9 +93,15 @@ def test_a_recipe_runs_from_nothing_to_report(name: str, qat: Qat, text: tuple[P
         return
     assert rows["reloaded"].metrics == rows["converted"].metrics
     before = rows[TRAINED.get(name, "QAT")].metrics
-    assert rows["converted"].metrics.perplexity == pytest.approx(before.perplexity, rel=2e-5)
+    assert rows["converted"].metrics.loss == pytest.approx(before.loss, rel=2e-5)
+    workloads = {entry.workload for entry in report.latency}
+    if name in IMAGES:
+        assert rows["converted"].metrics.accuracy == before.accuracy
+        assert workloads == {"batch 1", "batch 3"}
+        assert {layer["kernel"] for layer in report.plan if layer["type"] == "Conv2d"} == {"onednn-conv"}
+        return
     assert rows["converted"].bytes_memory < rows["float"].bytes_memory
-    assert {entry.workload for entry in report.latency} == {"batch 1, 1 token", "batch 1, 3 tokens"}
+    assert workloads == {"batch 1, 1 token", "batch 1, 3 tokens"}
     assert all(not layer["name"].startswith("model.model.") for layer in report.plan), "names are the network's own"
 
 
@@ -98,7 +113,8 @@ def test_a_recipe_plans_without_training_or_reading_weights(
     monkeypatch.setenv("QAT_PLUGIN_CACHE", str(tmp_path / "empty"))
     done = qat(f"recipe={name}", "task=plan", *given)
     assert done.code == 0, done.err
-    assert ("w4a16-g32-asym" if name == "mixed_auto" else "model.layers.{0..1}.mlp.down_proj") in done.out
+    shown = {"mixed_auto": "w4a16-g32-asym"} | dict.fromkeys(IMAGES, "blocks.4.shortcut.0")
+    assert shown.get(name, "model.layers.{0..1}.mlp.down_proj") in done.out
     assert not (tmp_path / "empty").exists()
 
 
@@ -162,6 +178,34 @@ def test_the_embedded_models_keys_are_its_recipes_fields_and_defaults() -> None:
 )
 def test_mistakes_in_a_language_models_recipe(keys: list[str], said: str, qat: Qat, text: tuple[Path, Path]) -> None:
     done = qat("recipe=qat_int4_llama", *arguments("qat_int4_llama", text), "run.dir=here", *keys)
+    assert done.code == 2
+    assert said in done.err
+    assert "Traceback" not in done.err
+
+
+def test_a_folder_of_images_takes_the_place_of_the_digits(qat: Qat, tmp_path: Path) -> None:
+    folder = write_mnist(tmp_path / "mnist", kinds=("t10k",))
+    done = qat("recipe=ptq_int8_cnn", "run.dir=here", *QUICK_IMAGES, f"data.path={folder}")
+    assert done.code == 0, done.err
+    assert read_report(Path("here", "report.json")).rows[0].metrics.samples == 10
+    assert qat("task=evaluate", "run=here").code == 0
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (["data.path=nowhere"], "nowhere does not exist"),
+        (["data.path=."], "no images in MNIST's format"),
+        (["model.width=5"], "must be even"),
+        (["data.valid_fraction=1"], "below 1"),
+        (["data=embedded"], "model=image needs images"),
+        (["optimizer=own"], "optimizer=own is for model=custom"),
+        (["distill.weight=0.5"], "are for language models"),
+        (["policy=int8"], "w8a8 has no integer kernel for convolutions"),
+    ],
+)
+def test_mistakes_in_an_image_nets_recipe(keys: list[str], said: str, qat: Qat) -> None:
+    done = qat("recipe=qat_int8_cnn", "run.dir=here", *QUICK_IMAGES, *keys)
     assert done.code == 2
     assert said in done.err
     assert "Traceback" not in done.err

@@ -2,6 +2,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <cstdlib>
@@ -10,6 +11,7 @@
 
 #include "dispatch.h"
 #include "linear.h"
+#include "quantize.h"
 
 namespace qat {
 namespace {
@@ -184,6 +186,24 @@ Tensor dequantize(const Tensor& data, const Tensor& scale, int64_t n, int64_t k,
   return y;
 }
 
+// An activation of any shape as unsigned bytes with zero point 128, laid out in memory as it is.
+Tensor to_bytes(const Tensor& x_, const Tensor& scale) {
+  TORCH_CHECK(scale.scalar_type() == at::kFloat && scale.numel() == 1, "qat_plugin: the activation scale is not one float32 number");
+  const Tensor x = x_.is_non_overlapping_and_dense() ? x_ : x_.contiguous();
+  Tensor out = at::empty_like(x, x.options().dtype(at::kByte));
+  const Float type = type_of(x.scalar_type());
+  const void* from = x.const_data_ptr();
+  uint8_t* to = out.mutable_data_ptr<uint8_t>();
+  const float step = *scale.const_data_ptr<float>();
+  at::parallel_for(0, x.numel(), 1 << 15, [&](int64_t a, int64_t b) {
+#ifdef QAT_X86
+    if (vectorized()) return to_bytes_avx512(from, type, step, to, a, b);
+#endif
+    to_bytes_portable(from, type, step, to, a, b);
+  });
+  return out;
+}
+
 std::string instruction_set() { return isa().name; }
 
 }  // namespace
@@ -194,11 +214,13 @@ TORCH_LIBRARY(qat_plugin_native, m) {
   m.def("linear(Tensor x, Tensor data, Tensor scale, Tensor? bias, Tensor? fixed_scale, int n, int k, int bits, bool integer) -> Tensor");
   m.def("linears(Tensor x, Tensor[] data, Tensor[] scale, Tensor?[] bias, Tensor? fixed_scale, int[] n, int k, int bits, bool integer) -> Tensor[]");
   m.def("dense(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("to_bytes(Tensor x, Tensor scale) -> Tensor");
   m.def("dequantize(Tensor data, Tensor scale, int n, int k, int bits, ScalarType dtype) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(qat_plugin_native, CPU, m) {
   m.impl("linear", qat::linear);
   m.impl("linears", qat::linears);
   m.impl("dense", qat::dense);
+  m.impl("to_bytes", qat::to_bytes);
   m.impl("dequantize", qat::dequantize);
 }

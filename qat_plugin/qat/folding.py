@@ -1,0 +1,156 @@
+"""BatchNorm folded into the layer before it, with frozen statistics (arXiv:1806.08342, section 3.2.2).
+
+``gamma (W x + b - mu) / sigma + beta`` becomes ``W' x + b' + shift`` with ``W' = W gamma / sigma``, ``b' = b gamma /
+sigma`` and ``shift = beta - gamma mu / sigma``. The layer keeps its Parameter objects and both modules their names: the
+norm is left with mean 0, variance 1 - eps, weight 1 and bias ``shift``, which any BatchNorm in evaluation mode computes
+as ``x + shift``; so a float state_dict loads without this package. From then on the norm stays in evaluation mode, its
+bias is trained and its weight has no gradient: a DistributedDataParallel that wrapped the model before the fold needs
+``find_unused_parameters=True``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from qat_plugin.errors import CheckpointError
+from qat_plugin.numerics import choose_qparams
+from qat_plugin.qat.folded import (
+    Fold,
+    FoldedNorm,
+    folded_state,
+    folds,
+    gain_and_shift,
+    mark,
+    scaled_rows,
+    unmark,
+)
+from qat_plugin.qat.layers import ATTRIBUTE, FakeQuantized
+from qat_plugin.qat.pairs import norm_pairs
+
+
+@torch.no_grad()
+def fold_norms(model: nn.Module) -> list[Fold]:
+    """Fold each BatchNorm that alone follows a prepared layer of a static scheme, in place.
+
+    Left as they are: norms that saw no batch yet (their statistics mean nothing), that keep no statistics or have a
+    forward of their own; layers whose weight is shared, sharded or on the meta device.
+
+    Returns:
+        The folds that were made now.
+    """
+    return [
+        _fold(model, layer, norm, names)
+        for layer, norm, names in foldable(model)
+        if isinstance(layer, FakeQuantized) and layer.fake_quantizer.scheme.static
+    ]
+
+
+def foldable(model: nn.Module) -> list[tuple[nn.Module, _BatchNorm, tuple[str, str]]]:
+    """Layer, norm and their names, of each pair of a model that can be folded and is not."""
+    norms = [
+        module for module in model.modules() if isinstance(module, _BatchNorm) and not isinstance(module, FoldedNorm)
+    ]
+    if not norms:
+        return []
+    names = {module: name for name, module in model.named_modules()}
+    uses: dict[int, int] = {}
+    for module in names:
+        for parameter in module._parameters.values():
+            uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    pairs = norm_pairs(model)
+    return [
+        (layer, cast(_BatchNorm, norm), (names[layer], names[norm]))
+        for layer, norm in pairs.items()
+        if not isinstance(norm, FoldedNorm) and _can_fold(layer, cast(_BatchNorm, norm), uses)
+    ]
+
+
+def _can_fold(layer: nn.Module, norm: _BatchNorm, uses: Mapping[int, int]) -> bool:
+    weight, statistics = layer._parameters.get("weight"), (norm.running_mean, norm.running_var)
+    if weight is None or weight.device.type == "meta" or uses.get(id(weight), 0) != 1 or weight.dim() < 2:
+        return False
+    if any(statistic is None for statistic in statistics) or type(norm).forward not in _FORWARDS:
+        return False
+    seen = norm.num_batches_tracked
+    return len(weight) == norm.num_features and (seen is None or bool(seen > 0))
+
+
+_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
+def _fold(model: nn.Module, layer: nn.Module, norm: _BatchNorm, names: tuple[str, str]) -> Fold:
+    state = {name: tensor for name, tensor in norm.state_dict().items() if name != "num_batches_tracked"}
+    found = gain_and_shift(norm, state)
+    if found is not None:
+        gain, shift = found
+        for parameter in (layer._parameters["weight"], layer._parameters.get("bias")):
+            if parameter is not None:
+                parameter.copy_(scaled_rows(parameter, gain))
+        for name, value in folded_state(norm, state, shift).items():
+            state[name].copy_(value)
+        _follow_learned_scales(layer, gain)
+    return mark(model, names)
+
+
+def _follow_learned_scales(layer: nn.Module, gain: Tensor) -> None:
+    """Learned scales grow with the channels that they are of; one for the whole weight starts anew."""
+    quantizer = getattr(layer, ATTRIBUTE)
+    if quantizer.scale is None:
+        return
+    if quantizer.scheme.per_tensor:
+        quantizer.scale.copy_(choose_qparams(quantizer.rows(layer._parameters["weight"]), quantizer.scheme)[0])
+    else:
+        quantizer.scale.mul_(gain.abs().to(quantizer.scale).unsqueeze(1))
+
+
+def fold_names(model: nn.Module) -> list[list[str]]:
+    """[layer, norm] of each fold of a model, for a checkpoint."""
+    names = {module: name for name, module in model.named_modules()}
+    return [[names[fold.layer], names[fold.norm]] for fold in folds(model) if fold.layer in names]
+
+
+def set_folds(model: nn.Module, wanted: Sequence[Sequence[str]]) -> None:
+    """Make exactly these pairs folded ones; their numbers come from the checkpoint that says so.
+
+    Raises:
+        CheckpointError: when the model has no such modules.
+    """
+    modules = dict(model.named_modules())
+    pairs = [(str(layer), str(norm)) for layer, norm in wanted]
+    for layer, norm in pairs:
+        if layer not in modules or not isinstance(modules.get(norm), _BatchNorm):
+            raise CheckpointError(
+                f"the checkpoint folded {norm} into {layer}, which {type(model).__name__} does not have"
+            )
+    for fold in folds(model):
+        unmark(fold)
+    for layer, norm in pairs:
+        mark(model, (layer, norm))
+
+
+class Unfolded:
+    """The numbers of a model's foldable pairs, to take a fold back to the bit.
+
+    Args:
+        model: about to be prepared and folded.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        parts = [part for layer, norm, _ in foldable(model) for part in (layer, norm)]
+        self._tensors: list[tuple[Any, Any]] = [
+            (tensor, tensor.detach().clone())
+            for part in parts
+            for tensor in (*part._parameters.values(), *part._buffers.values())
+            if tensor is not None
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Write the numbers back; call it when no fold is left (:func:`~qat_plugin.qat.unprepare`)."""
+        for tensor, numbers in self._tensors:
+            tensor.copy_(numbers)
