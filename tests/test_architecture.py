@@ -12,8 +12,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "qat_plugin"
 # A room imports only rooms above it.
 ROOMS = (
-    "errors", "cache", "scheme", "native", "numerics", "fused", "losses", "kernels", "policy", "observers", "qat",
-    "conversion", "inference", "measure", "ptq", "sensitivity", "report", "qlora", "data", "models", "callbacks",
+    "errors", "cache", "scheme", "native", "numerics", "learned", "fused", "losses", "kernels", "policy", "observers",
+    "qat", "conversion", "inference", "measure", "ptq", "sensitivity", "report", "qlora", "data", "models", "callbacks",
     "config", "runs", "__main__",
 )  # fmt: skip
 HEAVY = {"lightning", "hydra", "omegaconf", "transformers", "tokenizers", "peft", "bitsandbytes", "torchao", "rich"}

@@ -26,6 +26,7 @@ from qat_plugin.qat import (
     Phase,
     capture_inputs,
     get_phase,
+    grid_parameters,
     is_prepared,
     load_quantizer_state,
     plan_of,
@@ -254,7 +255,7 @@ class QuantizationAwareTraining(ResumingCallback):
                 raise ConfigError(
                     f"{name} is prepared already as {was}, and this callback's policy says {wanted}. {way}"
                 )
-        learned = any(name.endswith(".fake_quantizer.scale") for name, _ in pl_module.named_parameters())
+        learned = bool(grid_parameters(pl_module))
         if learned != self._learn_scales:
             raise ConfigError(
                 f"the module is prepared already with learn_scales={learned}, not {self._learn_scales}. {way}"

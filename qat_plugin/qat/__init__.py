@@ -3,6 +3,7 @@
 from qat_plugin.qat.held import hold
 from qat_plugin.qat.prepare import (
     get_phase,
+    grid_parameters,
     is_prepared,
     plan_of,
     prepare,
@@ -23,6 +24,7 @@ __all__ = [
     "calibrating",
     "capture_inputs",
     "get_phase",
+    "grid_parameters",
     "hold",
     "is_prepared",
     "load_quantizer_state",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from qat_plugin.errors import PrepareError
+from qat_plugin.errors import ConfigError, PrepareError
 from qat_plugin.policy import Plan, Policy, PolicyLike
 from qat_plugin.qat.checks import check_materialised, check_untouched, planned_layers
+from qat_plugin.qat.initial import Initial, check_initial
 from qat_plugin.qat.layers import (
     ATTRIBUTE,
     FakeQuantized,
@@ -24,6 +25,7 @@ def prepare(
     plan: Plan | PolicyLike,
     *,
     learn_scales: bool = False,
+    initial: Initial = "minmax",
     phase: Phase = Phase.FAKE_QUANTIZED,
 ) -> nn.Module:
     """Insert fake quantization into a model, in place.
@@ -34,13 +36,19 @@ def prepare(
     Args:
         model: any module; its layers are extended in place.
         plan: a Plan for this model, or whatever :class:`~qat_plugin.policy.Policy` takes.
-        learn_scales: make the scales Parameters (LSQ, arXiv:1902.08153) of ``model``.
+        learn_scales: learn the scales (LSQ, arXiv:1902.08153) and the zero points of asymmetric schemes (LSQ+,
+            arXiv:2004.09576): Parameters of ``model``, relative to where they begin, so that the weights' learning
+            rate suits them. :func:`~qat_plugin.qat.grid_parameters` tells them from the others, for a rate of
+            their own; they should have no weight decay.
+        initial: where learned scales begin: ``"minmax"``, the weights' range, or ``"mse"``, the grid with the least
+            squared error, which matters below 4 bits.
         phase: the phase to start in.
 
     Returns:
         ``model``.
 
     Raises:
+        ConfigError: for another ``initial``, or one without ``learn_scales``.
         PrepareError: when the model is already prepared or converted, when the plan is another model's or changes
             nothing, when a weight holds NaN or infinity, when the plan holds a scheme that cannot be trained.
         PolicyError: when a policy does not fit the model.
@@ -52,6 +60,9 @@ def prepare(
         convert(model)
     """
     phase = as_phase(phase)
+    check_initial(initial)
+    if initial != "minmax" and not learn_scales:
+        raise ConfigError(f"initial={initial!r} is where learned scales begin: it needs learn_scales=True")
     check_untouched(model)
     if not isinstance(plan, Plan):
         plan = Policy.coerce(plan).plan(model)
@@ -63,7 +74,8 @@ def prepare(
         module = layers[entry.name]
         quantizers[entry.name] = LayerQuantizer(
             entry, plan, module.weight,  # type: ignore[arg-type]
-            transposed=transposed(module), learn_scales=learn_scales, share=quantizers.get(entry.tied_to or ""),
+            transposed=transposed(module), learn_scales=learn_scales, initial=initial,
+            share=quantizers.get(entry.tied_to or ""),
         )  # fmt: skip
     for name, quantizer in quantizers.items():
         weight = layers[name].weight
@@ -112,6 +124,11 @@ def quantizers(model: nn.Module) -> dict[str, LayerQuantizer]:
     return {name: getattr(layer, ATTRIBUTE) for name, layer in prepared_layers(model).items()}
 
 
+def grid_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> Parameter of the learned scales and zero points of a model; empty where none are learned."""
+    return {name: parameter for name, parameter in model.named_parameters() if f".{ATTRIBUTE}." in f".{name}"}
+
+
 def is_prepared(model: nn.Module) -> bool:
     """Whether any layer of the model fake-quantizes (in whatever phase)."""
     return any(isinstance(module, FakeQuantized) for module in model.modules())
@@ -121,6 +138,7 @@ def unprepare(model: nn.Module) -> nn.Module:
     """Take fake quantization out again, in place: classes are the user's own, weights are untouched.
 
     Raises:
+        ConfigError: for another ``initial``, or one without ``learn_scales``.
         PrepareError: when the model is not prepared, or a layer was parametrized since; nothing is changed then.
     """
     layers = _fake_quantized(model)
@@ -141,6 +159,7 @@ def required_layers(model: nn.Module) -> dict[str, nn.Module]:
     """As :func:`prepared_layers`, and there must be one.
 
     Raises:
+        ConfigError: for another ``initial``, or one without ``learn_scales``.
         PrepareError: when the model is not prepared.
     """
     layers = prepared_layers(model)
@@ -153,6 +172,7 @@ def plan_of(model: nn.Module) -> Plan:
     """The plan a model was prepared with.
 
     Raises:
+        ConfigError: for another ``initial``, or one without ``learn_scales``.
         PrepareError: when the model is not prepared.
     """
     plan: Plan = next(iter(required_layers(model).values())).fake_quantizer.plan  # type: ignore[union-attr, assignment]
@@ -163,6 +183,7 @@ def set_phase(model: nn.Module, phase: Phase) -> None:
     """Move every prepared layer to a phase.
 
     Raises:
+        ConfigError: for another ``initial``, or one without ``learn_scales``.
         PrepareError: when the model is not prepared.
     """
     phase, layers = as_phase(phase), required_layers(model)
@@ -174,6 +195,7 @@ def get_phase(model: nn.Module) -> Phase:
     """The phase the prepared layers are in.
 
     Raises:
+        ConfigError: for another ``initial``, or one without ``learn_scales``.
         PrepareError: when the model is not prepared.
     """
     phase: Phase = getattr(next(iter(required_layers(model).values())), ATTRIBUTE).phase

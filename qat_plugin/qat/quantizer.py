@@ -15,12 +15,12 @@ from qat_plugin.numerics import (
     Quantized,
     choose_qparams,
     fake_cast,
-    fake_quantize_learned,
-    learned_scale,
     quantize,
 )
 from qat_plugin.observers import AbsMaxObserver
 from qat_plugin.policy import LayerPlan, Plan
+from qat_plugin.qat.grid import LearnedGrid
+from qat_plugin.qat.initial import Initial, initial_scales
 from qat_plugin.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -48,12 +48,12 @@ class LayerQuantizer(nn.Module):
         plan: the whole plan, so that any prepared layer can tell it.
         weight: the layer's weight as its module holds it.
         transposed: the module's weight is [in_features, out_features].
-        learn_scales: make the scales a Parameter (LSQ), initialised from the weight.
-        share: the quantizer of the layer this one is tied to; their learned scales are one Parameter.
+        learn_scales: learn scales and zero points (LSQ) in a :class:`~qat_plugin.qat.grid.LearnedGrid`, ``grid``.
+        initial: where learned ones begin, see :func:`~qat_plugin.qat.initial.initial_scales`.
+        share: the quantizer of the layer this one is tied to; they learn one grid.
     """
 
-    scale: Tensor | None
-    zero_point: Tensor | None
+    grid: LearnedGrid | None
     frozen_scale: Tensor | None
     frozen_zero_point: Tensor | None
 
@@ -65,6 +65,7 @@ class LayerQuantizer(nn.Module):
         *,
         transposed: bool,
         learn_scales: bool,
+        initial: Initial = "minmax",
         share: LayerQuantizer | None = None,
     ) -> None:
         super().__init__()
@@ -75,14 +76,15 @@ class LayerQuantizer(nn.Module):
         self.observe_always = False
         self.reuse: WeightReuse | None = None
         self.observer = _hidden(AbsMaxObserver()) if self.scheme.static else None
-        for name in ("zero_point", "frozen_scale", "frozen_zero_point"):
+        for name in ("frozen_scale", "frozen_zero_point"):
             self.register_buffer(name, None, persistent=False)
-        self.register_parameter("scale", None)
+        self.grid = None
         if learn_scales and self.scheme.is_integer:
-            scale, self.zero_point = choose_qparams(self.rows(weight.detach()), self.scheme)
             one_format = share is not None and share.scheme.weight_format == self.scheme.weight_format
-            shared = share.scale if share is not None and one_format else None
-            self.scale = nn.Parameter(scale) if shared is None else shared
+            shared = share.grid if share is not None and one_format else None
+            if shared is None:
+                shared = LearnedGrid(*initial_scales(self.rows(weight.detach()), self.scheme, initial), self.scheme)
+            self.grid = shared
         fused.implementation(weight.device)  # builds native operators now, not in the first step
         # nn.TransformerEncoderLayer leaves its fused inference path, which would read the float weights, when any
         # submodule has a hook; this one has.
@@ -90,8 +92,8 @@ class LayerQuantizer(nn.Module):
 
     @property
     def learns_scales(self) -> bool:
-        """Whether the scales are a Parameter."""
-        return self.scale is not None
+        """Whether scales and zero points are learned."""
+        return self.grid is not None
 
     @property
     def active(self) -> bool:
@@ -108,8 +110,8 @@ class LayerQuantizer(nn.Module):
             return fake_cast(rows, self.scheme.float_dtype)
         if self.frozen_scale is not None:
             return fused.fake_quantize(rows, self.scheme, self.frozen_scale, self.frozen_zero_point)
-        if self.scale is not None:
-            return fake_quantize_learned(rows, self.scale, self.zero_point, self.scheme)
+        if self.grid is not None:
+            return fused.fake_quantize_learned(rows, self.grid.scale(), self.grid.zero_point(), self.scheme)
         return fused.fake_quantize(rows, self.scheme)
 
     def fake_parameter(self, weight: Tensor) -> Tensor:
@@ -117,7 +119,7 @@ class LayerQuantizer(nn.Module):
 
         Inside :func:`~qat_plugin.qat.reusing_weights`, one that did not change is not quantized again.
         """
-        learning = self.scale is not None and self.frozen_scale is None  # the scales' gradient needs the weight
+        learning = self.grid is not None and self.frozen_scale is None  # the scales' gradient needs the weight
         reusable = self.scheme.is_integer and not learning and isinstance(weight, nn.Parameter)
         if self.reuse is None or not reusable or torch.compiler.is_compiling():
             return self.fake_weight(self.rows(weight))
@@ -157,8 +159,8 @@ class LayerQuantizer(nn.Module):
         """The scales and zero points in force for a weight as its module holds it."""
         if self.frozen_scale is not None:
             return self.frozen_scale, self.frozen_zero_point
-        if self.scale is not None:
-            return learned_scale(self.scale, self.scheme), self.zero_point
+        if self.grid is not None:
+            return self.grid.qparams()
         return choose_qparams(self.rows(weight), self.scheme)
 
     def integers(self, weight: Tensor) -> Quantized:
@@ -191,17 +193,16 @@ class LayerQuantizer(nn.Module):
 
     def hold(self, scale: Tensor, zero_point: Tensor | None) -> None:
         """Take scales and zero points from elsewhere: learned ones start from them, others are frozen to them."""
-        if self.scale is not None:
-            with torch.no_grad():
-                self.scale.copy_(scale)
-            self.zero_point = zero_point
+        if self.grid is not None:
+            self.grid.hold(scale, zero_point)
             return
         self.frozen_scale, self.frozen_zero_point = scale.clone(), zero_point
         self.phase = Phase.FROZEN
 
     def export_state(self) -> dict[str, Tensor]:
         """Scales and observer statistics, as tensors on the CPU."""
-        tensors = {name: getattr(self, name) for name in ("scale", "zero_point", "frozen_scale", "frozen_zero_point")}
+        tensors = {} if self.grid is None else self.grid.export_state()
+        tensors |= {name: getattr(self, name) for name in ("frozen_scale", "frozen_zero_point")}
         if self.observer is not None:
             tensors |= {"absmax": self.observer.absmax, "batches": self.observer.batches}
         return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items() if tensor is not None}
@@ -218,7 +219,7 @@ class LayerQuantizer(nn.Module):
                 f"{name}: the checkpoint was made with learn_scales={'scale' in state}, this model is prepared with "
                 f"learn_scales={self.learns_scales}"
             )
-        due = {key for key in ("scale", "zero_point") if getattr(self, key) is not None}
+        due = set() if self.grid is None else set(self.grid.export_state())
         due |= set() if self.observer is None else {"absmax", "batches"}
         if phase is Phase.FROZEN and self.scheme.is_integer:
             due |= {"frozen_scale"} if self.scheme.symmetric else {"frozen_scale", "frozen_zero_point"}
@@ -234,10 +235,9 @@ class LayerQuantizer(nn.Module):
 
     def import_state(self, state: Mapping[str, Tensor], phase: Phase, device: torch.device) -> None:
         """The inverse of :meth:`export_state`, after :meth:`check_state`."""
-        if self.scale is not None:
-            with torch.no_grad():
-                self.scale.copy_(state["scale"])
-        for name in ("zero_point", "frozen_scale", "frozen_zero_point"):
+        if self.grid is not None:
+            self.grid.import_state(state)
+        for name in ("frozen_scale", "frozen_zero_point"):
             value = state.get(name)
             setattr(self, name, None if value is None else value.detach().clone().to(device))
         if self.observer is not None:

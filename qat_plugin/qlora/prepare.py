@@ -163,7 +163,7 @@ def prepare(
         module.requires_grad_(True)
     if learn_scales:
         for name, parameter in model.named_parameters():
-            if name.endswith(".fake_quantizer.scale"):
+            if ".fake_quantizer." in name:
                 parameter.requires_grad_(True)
     if neftune_alpha is not None:
         add_noise(model, neftune_alpha)
