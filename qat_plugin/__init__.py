@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from qat_plugin.callbacks import ExactResume, MixedPrecision, QLoRAFinetuning, QuantizationAwareTraining
+    from qat_plugin.callbacks import (
+        ExactResume,
+        MixedPrecision,
+        QLoRAFinetuning,
+        QuantizationAwareTraining,
+        QuantizationMonitor,
+    )
     from qat_plugin.conversion import load_converted, save_converted
     from qat_plugin.conversion.convert import convert, is_converted, proof_of
     from qat_plugin.errors import QatError
@@ -26,6 +32,7 @@ _WHERE = {
     "MixedPrecision": "callbacks",
     "QLoRAFinetuning": "callbacks",
     "QuantizationAwareTraining": "callbacks",
+    "QuantizationMonitor": "callbacks",
     "convert": "conversion",
     "is_converted": "conversion",
     "load_converted": "conversion",
@@ -53,6 +60,7 @@ __all__ = [
     "QLoRAFinetuning",
     "QatError",
     "QuantizationAwareTraining",
+    "QuantizationMonitor",
     "Scheme",
     "__version__",
     "calibrating",

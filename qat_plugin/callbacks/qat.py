@@ -17,18 +17,23 @@ from typing_extensions import override
 
 from qat_plugin.callbacks.guards import check_other_callbacks, check_strategy
 from qat_plugin.callbacks.resuming import ResumingCallback, after_configure_model
+from qat_plugin.callbacks.scale_groups import check_rate, split_scales
 from qat_plugin.callbacks.schedule import Schedule, Steps
 from qat_plugin.callbacks.weight_reuse import TrainerReuse
 from qat_plugin.conversion import convert, dequantized_state_dict, is_converted, proof_of, reload_float
 from qat_plugin.errors import CheckpointError, ConfigError
 from qat_plugin.policy import Plan, Policy, PolicyLike
 from qat_plugin.qat import (
+    Initial,
     Phase,
+    begin_scales,
     capture_inputs,
+    check_initial,
     get_phase,
     grid_parameters,
     is_prepared,
     load_quantizer_state,
+    low_bit_advice,
     plan_of,
     prepare,
     quantizer_state,
@@ -52,7 +57,11 @@ class QuantizationAwareTraining(ResumingCallback):
         freeze: when scales stop moving, likewise; ``None`` for never.
         convert: convert to integer kernels when the fit ends.
         weights: convert the ``"last"`` weights, or those of the ``"best"`` checkpoint of a ``ModelCheckpoint``.
-        learn_scales: learn the scales (LSQ).
+        learn_scales: learn the scales (LSQ); they get optimizer groups of their own, without weight decay.
+        initial: where learned scales begin: ``"minmax"`` or ``"mse"`` (least squared error).
+        scale_learning_rate: of learned scales, where the weights have the rate that their optimizer was given; a
+            schedule changes both by the same factor. Scales are learned relative to where they begin, so that the
+            weights' own rate, the default, suits Adam; SGD wants a larger one.
         dtype: the float type that the converted model runs in (``"bf16"`` for the fast INT4 kernels on CPU); by
             default the module's own.
         exact_resume: save generators and data position, so that a resumed run continues to the bit.
@@ -76,6 +85,8 @@ class QuantizationAwareTraining(ResumingCallback):
         convert: bool = True,
         weights: Weights = "last",
         learn_scales: bool = False,
+        initial: Initial = "minmax",
+        scale_learning_rate: float | None = None,
         dtype: Literal["fp32", "bf16", "fp16"] | None = None,
         exact_resume: bool = True,
     ) -> None:
@@ -87,6 +98,11 @@ class QuantizationAwareTraining(ResumingCallback):
         self._policy = policy if isinstance(policy, Plan) else Policy.coerce(policy)
         self._schedule = Schedule(start, freeze)
         self._convert, self._weights, self._learn_scales = convert, weights, learn_scales
+        check_initial(initial)
+        check_rate(scale_learning_rate)
+        if not learn_scales and (initial != "minmax" or scale_learning_rate is not None):
+            raise ConfigError("initial and scale_learning_rate are of learned scales: they need learn_scales=True")
+        self._initial, self._scale_learning_rate = initial, scale_learning_rate
         self._dtype = None if dtype is None else _DTYPES[dtype]
         self._steps: Steps | None = None
         self._module: L.LightningModule | None = None
@@ -119,6 +135,12 @@ class QuantizationAwareTraining(ResumingCallback):
             self._check_prepared(trainer, pl_module)
         else:
             after_configure_model(pl_module, lambda: self._prepare(trainer, pl_module))
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._learn_scales:
+            schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+            split_scales(trainer.optimizers, schedulers, grid_parameters(pl_module), self._scale_learning_rate)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -277,8 +299,10 @@ class QuantizationAwareTraining(ResumingCallback):
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         plan = self._plan(trainer, pl_module)
         phase = Phase.FAKE_QUANTIZED if self._schedule.start == 0 else Phase.FLOAT
-        prepare(pl_module, plan, learn_scales=self._learn_scales, phase=phase)
+        prepare(pl_module, plan, learn_scales=self._learn_scales, initial=self._initial, phase=phase)
         rank_zero_info(f"QuantizationAwareTraining: {plan.summary()}")
+        if advice := low_bit_advice(plan):
+            rank_zero_warn(f"QuantizationAwareTraining: {advice}")
 
     def _follow_schedule(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._steps is None:
@@ -286,6 +310,8 @@ class QuantizationAwareTraining(ResumingCallback):
         phase, before = self.phase_at(trainer, self._steps), get_phase(pl_module)
         if phase is before:
             return
+        if before in (Phase.FLOAT, Phase.OBSERVING):
+            begin_scales(pl_module)
         set_phase(pl_module, phase)
         rank_zero_info(f"QuantizationAwareTraining: step {trainer.global_step}: {before.value} -> {phase.value}")
 

@@ -1,7 +1,10 @@
 """Fake quantization in place: weights keep their names and Parameter objects, phases are state."""
 
+from qat_plugin.qat.advice import low_bit_advice
 from qat_plugin.qat.held import hold
+from qat_plugin.qat.initial import Initial, check_initial, initial_scales
 from qat_plugin.qat.prepare import (
+    begin_scales,
     get_phase,
     grid_parameters,
     is_prepared,
@@ -18,16 +21,21 @@ from qat_plugin.qat.state import load_quantizer_state, quantizer_state
 from qat_plugin.qat.watching import calibrating, capture_inputs
 
 __all__ = [
+    "Initial",
     "LayerQuantizer",
     "Phase",
     "WeightReuse",
+    "begin_scales",
     "calibrating",
     "capture_inputs",
+    "check_initial",
     "get_phase",
     "grid_parameters",
     "hold",
+    "initial_scales",
     "is_prepared",
     "load_quantizer_state",
+    "low_bit_advice",
     "plan_of",
     "prepare",
     "prepared_layers",

@@ -61,6 +61,15 @@ class LearnedGrid(nn.Module):
         return learned_scale(self.scale(), self.scheme), rounded
 
     @torch.no_grad()
+    def saturated(self) -> Tensor:
+        """Groups at the end of what can be learned, bool [out_features, groups]."""
+        ended = (self.relative_scale <= _LEAST) | (self.relative_scale >= _GREATEST)
+        zero_point = self.zero_point()
+        if zero_point is not None:
+            ended = ended | (zero_point < -0.5) | (zero_point > self.scheme.qmax + 0.5)
+        return ended
+
+    @torch.no_grad()
     def hold(self, scale: Tensor, zero_point: Tensor | None) -> None:
         """Begin from these instead."""
         self.unit.copy_(_without_zeros(scale))

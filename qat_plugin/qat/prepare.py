@@ -129,6 +129,16 @@ def grid_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if f".{ATTRIBUTE}." in f".{name}"}
 
 
+def begin_scales(model: nn.Module) -> None:
+    """Let learned scales begin from the weights as they are now, which may have been trained in float meanwhile.
+
+    Raises:
+        PrepareError: when the model is not prepared.
+    """
+    for layer in required_layers(model).values():
+        getattr(layer, ATTRIBUTE).begin(current_weight(layer))
+
+
 def is_prepared(model: nn.Module) -> bool:
     """Whether any layer of the model fake-quantizes (in whatever phase)."""
     return any(isinstance(module, FakeQuantized) for module in model.modules())

@@ -72,7 +72,7 @@ class LayerQuantizer(nn.Module):
         assert layer.scheme is not None
         self.layer, self.plan, self.transposed = layer, plan, transposed
         self.scheme: Scheme = layer.scheme
-        self.phase = Phase.FLOAT
+        self.phase, self.initial = Phase.FLOAT, initial
         self.observe_always = False
         self.reuse: WeightReuse | None = None
         self.observer = _hidden(AbsMaxObserver()) if self.scheme.static else None
@@ -128,8 +128,12 @@ class LayerQuantizer(nn.Module):
     @property
     def rows_stand_alone(self) -> bool:
         """Whether looked-up rows can be fake-quantized by themselves: when their scales come from them alone."""
-        fixed = self.learns_scales or self.frozen_scale is not None
-        return self.scheme.is_float or not (fixed or self.scheme.per_tensor)
+        return self.scheme.is_float or not (self.fixed or self.scheme.per_tensor)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the scales in force are learned or frozen, and not those of the weight's range."""
+        return self.learns_scales or self.frozen_scale is not None
 
     def fake_input(self, x: Tensor) -> Tensor:
         """The fake-quantized input of the layer; observes it where that is due."""
@@ -190,6 +194,11 @@ class LayerQuantizer(nn.Module):
         if phase is not Phase.FROZEN:
             self.frozen_scale = self.frozen_zero_point = None
         self.phase = phase
+
+    def begin(self, weight: Tensor) -> None:
+        """Let learned scales begin from a weight as its module holds it; nothing for others."""
+        if self.grid is not None:
+            self.grid.hold(*initial_scales(self.rows(weight.detach()), self.scheme, self.initial))
 
     def hold(self, scale: Tensor, zero_point: Tensor | None) -> None:
         """Take scales and zero points from elsewhere: learned ones start from them, others are frozen to them."""

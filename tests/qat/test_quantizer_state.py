@@ -79,13 +79,20 @@ def test_tied_learned_scales_come_back_tied() -> None:
     with torch.no_grad():
         model.lm_head.fake_quantizer.grid.relative_scale.mul_(1.5)
     load_quantizer_state(fresh, quantizer_state(model))
-    assert fresh.lm_head.fake_quantizer.grid.relative_scale is fresh.model.embed_tokens.fake_quantizer.grid.relative_scale
-    assert torch.equal(fresh.lm_head.fake_quantizer.grid.relative_scale, model.lm_head.fake_quantizer.grid.relative_scale)
+    assert (
+        fresh.lm_head.fake_quantizer.grid.relative_scale is fresh.model.embed_tokens.fake_quantizer.grid.relative_scale
+    )
+    assert torch.equal(
+        fresh.lm_head.fake_quantizer.grid.relative_scale, model.lm_head.fake_quantizer.grid.relative_scale
+    )
 
 
 def test_loading_keeps_the_parameter_objects_of_an_optimizer() -> None:
     model = prepare(MLP(), "w4a16-g32", learn_scales=True)
-    state, scale = quantizer_state(prepare(MLP(), "w4a16-g32", learn_scales=True)), model.up.fake_quantizer.grid.relative_scale
+    state, scale = (
+        quantizer_state(prepare(MLP(), "w4a16-g32", learn_scales=True)),
+        model.up.fake_quantizer.grid.relative_scale,
+    )
     load_quantizer_state(model, state)
     assert model.up.fake_quantizer.grid.relative_scale is scale
     assert torch.equal(scale, state["layers"]["up"]["relative_scale"])
