@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from qat_plugin import report as reporting
-from qat_plugin.callbacks import ExactResume, QuantizationAwareTraining
+from qat_plugin.callbacks import ExactResume, QuantizationAwareTraining, QuantizationMonitor
 from qat_plugin.config.schema import Config
 from qat_plugin.policy import Plan
-from qat_plugin.qat import calibrating, load_quantizer_state, prepare, quantizer_state
+from qat_plugin.qat import calibrating, load_quantizer_state, low_bit_advice, prepare, quantizer_state
 from qat_plugin.runs.atomic import replacing
+from qat_plugin.runs.journal import say
 from qat_plugin.runs.rungs import Rungs
 from qat_plugin.runs.subject import name_prefix, network_of
 from qat_plugin.runs.training import LAST, read_checkpoint
@@ -58,7 +59,13 @@ class Ladder(Rungs):
 
     def _qat(self) -> None:
         module = self.subject.build_student()
-        self._train(module, "qat", [quantization_aware_training(self.config, self.plan, name_prefix(module))])
+        if advice := low_bit_advice(self.plan):
+            say(f"qat: {advice}")
+        monitors = monitors_of(self.config)
+        callbacks = [quantization_aware_training(self.config, self.plan, name_prefix(module)), *monitors]
+        self._train(module, "qat", callbacks)
+        for monitor in monitors:
+            say(f"qat: {monitor.advice}")
         state = _renamed(quantizer_state(module), name_prefix(module))
         with replacing(self._checkpoints("qat") / _QUANTIZERS) as temporary:
             torch.save(state, temporary)
@@ -104,8 +111,18 @@ def quantization_aware_training(config: Config, plan: Plan, prefix: str) -> Quan
         start=config.qat.start,
         freeze=config.qat.freeze,
         learn_scales=config.qat.learn_scales,
+        initial=config.qat.initial,  # type: ignore[arg-type]
+        scale_learning_rate=config.qat.scale_learning_rate,
         convert=False,
     )
+
+
+def monitors_of(config: Config) -> list[QuantizationMonitor]:
+    """The monitor that a recipe asks for, if any."""
+    every = config.qat.monitor
+    if every is False:
+        return []
+    return [QuantizationMonitor() if every is True else QuantizationMonitor(every)]
 
 
 def _renamed(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
