@@ -106,6 +106,7 @@ class DistillConfig:
 
     weight: float = option(0.0, "share of the loss that is KL to the float model's predictions; 0 for none, 1 for all")
     temperature: float = option(1.0, "softens both distributions")
+    teacher: str = option("float", "float: the model that training starts from; fine-tuned: the one the ladder trained")
     hidden: float = option(0.0, "weight of the squared error of the states after each block; 0 for none")
 
     def __post_init__(self) -> None:
@@ -113,6 +114,7 @@ class DistillConfig:
         if self.weight > 1:
             raise ConfigError(f"distill.weight={self.weight} is not allowed: it is a share, at most 1")
         check_above("distill.temperature", self.temperature, 0)
+        check_choice("distill.teacher", self.teacher, ("float", "fine-tuned"))
         check_at_least("distill.hidden", self.hidden, 0)
         if self.hidden and not self.weight:
             raise ConfigError("distill.hidden comes beside the predictions: give distill.weight above 0")

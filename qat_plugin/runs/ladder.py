@@ -11,12 +11,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
+import lightning as L
 import torch
 from torch import nn
 
 from qat_plugin import report as reporting
 from qat_plugin.callbacks import ExactResume, QuantizationAwareTraining, QuantizationMonitor
 from qat_plugin.config.schema import Config
+from qat_plugin.errors import ConfigError
 from qat_plugin.policy import Plan
 from qat_plugin.qat import calibrating, load_quantizer_state, low_bit_advice, prepare, quantizer_state
 from qat_plugin.runs.atomic import replacing
@@ -58,7 +60,7 @@ class Ladder(Rungs):
         self._measure(reporting.FINE_TUNED_PTQ, self._quantized(weights))
 
     def _qat(self) -> None:
-        module = self.subject.build_student()
+        module = self._student()
         if advice := low_bit_advice(self.plan):
             say(f"qat: {advice}")
         monitors = monitors_of(self.config)
@@ -70,6 +72,24 @@ class Ladder(Rungs):
         with replacing(self._checkpoints("qat") / _QUANTIZERS) as temporary:
             torch.save(state, temporary)
         self._measure(reporting.QAT, self._prepared())
+
+    def _student(self) -> L.LightningModule:
+        """The module that is trained; its teacher, if any, is the float model or the ladder's fine-tuned one."""
+        distill, module = self.config.distill, self.subject.build_student()
+        if not distill.weight:
+            return module
+        teacher = getattr(getattr(module, "objective", None), "teacher", None)
+        if teacher is None:
+            raise ConfigError(
+                "distill.weight is for language models (model=embedded or transformers): set it to 0 here"
+            )
+        if distill.teacher == "fine-tuned":
+            if "fine-tuned" not in self.config.task.stages:
+                raise ConfigError("distill.teacher=fine-tuned needs 'fine-tuned' among task.stages, which trains it")
+            weights = read_checkpoint(self._checkpoints("fine-tuned") / LAST)["state_dict"]
+            prefix = name_prefix(module)
+            teacher.load_state_dict({name.removeprefix(prefix): value for name, value in weights.items()})
+        return module
 
     def _converted(self) -> None:
         self._convert(self._prepared() if "qat" in self.config.task.stages else self._quantized())

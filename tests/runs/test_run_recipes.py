@@ -30,6 +30,7 @@ QUICK = (
     "trainer.max_steps=2", "trainer.threads=1", "data.batch_size=2", "data.sequence_length=32", "data.eval_tokens=330",
     "measure.latency_rounds=1", "measure.latency_tokens=[1,3]",
 )  # fmt: skip
+FROM_A_DIRECTORY = ("qat_int4_llama", "qat_int4_lsq", "qat_int3", "qat_int2", "qat_distill")
 LARGE = ("qlora_7b", "qlora_70b_one_gpu", "qlora_70b_48gb")
 TRAINED = {"ptq_tiny": "PTQ", "qlora_tiny": "merged, w4a16-g32", "qat_lora_tiny": "QAT + LoRA"}
 RECIPES = sorted(path.stem for path in recipes_folder().glob("*.yaml"))
@@ -57,7 +58,7 @@ def small_model() -> list[str]:
 
 
 def arguments(name: str, text: tuple[Path, Path]) -> list[str]:
-    if name == "qat_int4_llama":
+    if name in FROM_A_DIRECTORY:
         folder = embedded_lm(recipe=embedded_recipe(SMALL), progress=False)
         return [f"model.path={folder}", f"data.train={text[0]}", f"data.valid={text[1]}"]
     if name in LARGE:
