@@ -35,18 +35,14 @@ def options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--float-rates", type=float, nargs="+", default=[5e-4])
-    parser.add_argument(
-        "--rates", type=float, nargs="+", default=None, help="learning rate of QAT, one for each of --bits"
-    )
+    parser.add_argument("--rates", type=float, nargs="+", help="of QAT, one for each of --bits")
     parser.add_argument("--scale-rate", type=float, default=None)
     parser.add_argument("--initial", choices=("minmax", "mse"), default="mse")
     parser.add_argument("--fixed-scales", action="store_true", help="min-max scales of the weights at each step")
     parser.add_argument("--distill", type=float, default=0.0, help="weight of the fine-tuned model's predictions")
     parser.add_argument("--hidden", type=float, default=0.0)
     parser.add_argument("--freeze", type=float, default=None)
-    parser.add_argument(
-        "--rules", type=json.loads, default={}, help='group size by pattern, such as {"*.down_proj": 43}'
-    )
+    parser.add_argument("--rules", type=json.loads, default={}, help='group sizes, as {"*.down_proj": 43}')
     parser.add_argument("--group", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
@@ -65,13 +61,16 @@ class Bench:
         )  # fmt: skip
 
     def policy(self, bits: int) -> Policy:
+        """Asymmetric grids of so many bits."""
         rules = {pattern: f"w{bits}a16-g{size}-asym" for pattern, size in self.args.rules.items()}
         return Policy({**rules, "default": f"w{bits}a16-g{self.args.group}-asym"})
 
     def loss(self, model: Any) -> float:
+        """Held-out loss, nats a token."""
         return evaluate_lm(model, self.data.val_dataloader(), progress=False).loss
 
     def train(self, rate: float, callbacks: list[Any], **learning: Any) -> Any:
+        """A trained copy of the model."""
         L.seed_everything(self.seed, verbose=False)
         module = CausalLM(copy.deepcopy(self.model).float(), learning_rate=rate, **learning)
         L.Trainer(
@@ -82,6 +81,7 @@ class Bench:
         return module
 
     def rows(self) -> list[dict[str, Any]]:
+        """Everything for one seed."""
         args, found = self.args, []
         tuned = [(self.train(rate, []).model, rate) for rate in args.float_rates]
         losses = [self.loss(model) for model, _ in tuned]
@@ -101,6 +101,7 @@ class Bench:
         return found
 
     def qat(self, bits: int, rate: float, teacher: Any) -> dict[str, Any]:
+        """One run of QAT."""
         args, monitor = self.args, QuantizationMonitor(every=20)
         learned: dict[str, Any] = {} if args.fixed_scales else {
             "learn_scales": True, "initial": args.initial, "scale_learning_rate": args.scale_rate,
