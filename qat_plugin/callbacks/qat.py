@@ -58,6 +58,7 @@ class QuantizationAwareTraining(ResumingCallback):
         convert: convert to integer kernels when the fit ends.
         weights: convert the ``"last"`` weights, or those of the ``"best"`` checkpoint of a ``ModelCheckpoint``.
         learn_scales: learn the scales (LSQ); they get optimizer groups of their own, without weight decay.
+        learn_zero_points: learn the zero points with them (LSQ+); see :func:`~qat_plugin.prepare`.
         initial: where learned scales begin: ``"minmax"`` or ``"mse"`` (least squared error).
         scale_learning_rate: of learned scales, where the weights have the rate that their optimizer was given; a
             schedule changes both by the same factor. Scales are learned relative to where they begin, so that the
@@ -85,6 +86,7 @@ class QuantizationAwareTraining(ResumingCallback):
         convert: bool = True,
         weights: Weights = "last",
         learn_scales: bool = False,
+        learn_zero_points: bool = False,
         initial: Initial = "minmax",
         scale_learning_rate: float | None = None,
         dtype: Literal["fp32", "bf16", "fp16"] | None = None,
@@ -100,9 +102,12 @@ class QuantizationAwareTraining(ResumingCallback):
         self._convert, self._weights, self._learn_scales = convert, weights, learn_scales
         check_initial(initial)
         check_rate(scale_learning_rate)
-        if not learn_scales and (initial != "minmax" or scale_learning_rate is not None):
-            raise ConfigError("initial and scale_learning_rate are of learned scales: they need learn_scales=True")
+        if not learn_scales and (initial != "minmax" or learn_zero_points or scale_learning_rate is not None):
+            raise ConfigError(
+                "initial, learn_zero_points and scale_learning_rate are of learned scales: they need learn_scales=True"
+            )
         self._initial, self._scale_learning_rate = initial, scale_learning_rate
+        self._learning = {"learn_scales": learn_scales, "learn_zero_points": learn_zero_points}
         self._dtype = None if dtype is None else _DTYPES[dtype]
         self._steps: Steps | None = None
         self._module: L.LightningModule | None = None
@@ -231,7 +236,7 @@ class QuantizationAwareTraining(ResumingCallback):
         if self._module is None or is_converted(self._module) or "quantizers" not in state_dict:
             return
         if not is_prepared(self._module):  # a checkpoint evaluated in a new process sees what it was trained with
-            prepare(self._module, Plan.from_list(state_dict["quantizers"]["plan"]), learn_scales=self._learn_scales)
+            prepare(self._module, Plan.from_list(state_dict["quantizers"]["plan"]), **self._learning)
         load_quantizer_state(self._module, state_dict["quantizers"])
 
     @override
@@ -299,7 +304,7 @@ class QuantizationAwareTraining(ResumingCallback):
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         plan = self._plan(trainer, pl_module)
         phase = Phase.FAKE_QUANTIZED if self._schedule.start == 0 else Phase.FLOAT
-        prepare(pl_module, plan, learn_scales=self._learn_scales, initial=self._initial, phase=phase)
+        prepare(pl_module, plan, **self._learning, initial=self._initial, phase=phase)
         rank_zero_info(f"QuantizationAwareTraining: {plan.summary()}")
         if advice := low_bit_advice(plan):
             rank_zero_warn(f"QuantizationAwareTraining: {advice}")

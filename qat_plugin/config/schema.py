@@ -69,22 +69,21 @@ class QatConfig:
     start: int | float = option(0, "when fake quantization starts: optimizer step (1000) or fraction of the run (0.1)")
     freeze: int | float | None = option(None, "when scales and observers freeze: step or fraction; null for never")
     learn_scales: bool = option(False, "learn the weight scales with the weights (LSQ)")
+    learn_zero_points: bool = option(False, "learn zero points with the scales (LSQ+)")
     initial: str = option("minmax", "where learned scales begin: minmax, or mse (least squared error)")
-    scale_learning_rate: float | None = option(
-        None, "of learned scales, relative to where they began; null for weights'"
-    )
-    monitor: int | bool = option(
-        False, "log what flips, oscillates, clips: true, or every so many steps; false for not"
-    )
+    scale_learning_rate: float | None = option(None, "of learned scales; null for the weights'")
+    monitor: int | bool = option(False, "log what flips, oscillates and clips: true, or every so many steps")
 
     def __post_init__(self) -> None:
         check_choice("qat.initial", self.initial, ("minmax", "mse"))
         check_above("qat.scale_learning_rate", self.scale_learning_rate, 0)
         if self.monitor is not True and self.monitor is not False:
             check_at_least("qat.monitor", self.monitor, 1)
-        if not self.learn_scales and (self.initial != "minmax" or self.scale_learning_rate is not None):
+        given = self.initial != "minmax" or self.learn_zero_points or self.scale_learning_rate is not None
+        if given and not self.learn_scales:
             raise ConfigError(
-                "qat.initial and qat.scale_learning_rate are of learned scales: add qat.learn_scales=true"
+                "qat.initial, qat.learn_zero_points and qat.scale_learning_rate need qat.learn_scales=true: they are "
+                "of learned scales"
             )
 
 

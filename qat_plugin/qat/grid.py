@@ -20,8 +20,8 @@ class LearnedGrid(nn.Module):
 
     Adam's step is about the learning rate whatever the gradient's size: a rate of 1e-3 would move a scale of 0.02 by
     5% at each step. Here a scale is ``unit * relative_scale``, with a Parameter that begins at 1: the same rate moves
-    it by 0.1%. A zero point is ``zero_start + qmax * zero_shift``, with a Parameter that begins at 0 and moves in
-    shares of the whole range. Products are the same to the bit on every device, which an exponential would not be.
+    it by 0.1%. A learned zero point is ``zero_start + qmax * zero_shift``, with a Parameter that begins at 0 and moves
+    in shares of the whole range. Products are the same to the bit on every device, which an exponential would not be.
 
     A relative scale is taken as between 1/64 and 64: no step turns a scale to zero or its sign around.
 
@@ -30,27 +30,29 @@ class LearnedGrid(nn.Module):
             magnitude, on which its weights are zeros as well.
         zero_point: uint8 of that shape, or ``None``.
         scheme: an integer scheme.
+        learn_zero_points: learn these too; otherwise they stay.
     """
 
     unit: Tensor
     zero_start: Tensor | None
 
-    def __init__(self, scale: Tensor, zero_point: Tensor | None, scheme: Scheme) -> None:
+    def __init__(self, scale: Tensor, zero_point: Tensor | None, scheme: Scheme, *, learn_zero_points: bool) -> None:
         super().__init__()
         self.scheme = scheme
         self.register_buffer("unit", _without_zeros(scale), persistent=False)
         self.register_buffer("zero_start", zero_point, persistent=False)
         self.relative_scale = nn.Parameter(torch.ones_like(scale))
-        self.zero_shift = None if zero_point is None else nn.Parameter(torch.zeros_like(scale))
+        learned = learn_zero_points and zero_point is not None
+        self.zero_shift = nn.Parameter(torch.zeros_like(scale)) if learned else None
 
     def scale(self) -> Tensor:
         """The scales, float32 [out_features, groups], not rounded; differentiable."""
         return self.unit * cast(Tensor, _Bounded.apply(self.relative_scale))
 
     def zero_point(self) -> Tensor | None:
-        """The zero points, float32 of that shape, not rounded; differentiable."""
+        """The zero points, of that shape: uint8 where they stay; learned, float32, not rounded and differentiable."""
         if self.zero_start is None or self.zero_shift is None:
-            return None
+            return self.zero_start
         return self.zero_start + self.scheme.qmax * self.zero_shift
 
     @torch.no_grad()
@@ -65,7 +67,7 @@ class LearnedGrid(nn.Module):
         """Groups at the end of what can be learned, bool [out_features, groups]."""
         ended = (self.relative_scale <= _LEAST) | (self.relative_scale >= _GREATEST)
         zero_point = self.zero_point()
-        if zero_point is not None:
+        if zero_point is not None and self.zero_shift is not None:
             ended = ended | (zero_point < -0.5) | (zero_point > self.scheme.qmax + 0.5)
         return ended
 
@@ -74,8 +76,9 @@ class LearnedGrid(nn.Module):
         """Begin from these instead."""
         self.unit.copy_(_without_zeros(scale))
         self.relative_scale.fill_(1.0)
-        if self.zero_start is not None and self.zero_shift is not None and zero_point is not None:
+        if self.zero_start is not None and zero_point is not None:
             self.zero_start.copy_(zero_point)
+        if self.zero_shift is not None:
             self.zero_shift.zero_()
 
     @torch.no_grad()

@@ -48,7 +48,8 @@ class LayerQuantizer(nn.Module):
         plan: the whole plan, so that any prepared layer can tell it.
         weight: the layer's weight as its module holds it.
         transposed: the module's weight is [in_features, out_features].
-        learn_scales: learn scales and zero points (LSQ) in a :class:`~qat_plugin.qat.grid.LearnedGrid`, ``grid``.
+        learn_scales: learn the scales (LSQ) in a :class:`~qat_plugin.qat.grid.LearnedGrid`, ``grid``.
+        learn_zero_points: learn the zero points with them.
         initial: where learned ones begin, see :func:`~qat_plugin.qat.initial.initial_scales`.
         share: the quantizer of the layer this one is tied to; they learn one grid.
     """
@@ -65,6 +66,7 @@ class LayerQuantizer(nn.Module):
         *,
         transposed: bool,
         learn_scales: bool,
+        learn_zero_points: bool = False,
         initial: Initial = "minmax",
         share: LayerQuantizer | None = None,
     ) -> None:
@@ -83,7 +85,8 @@ class LayerQuantizer(nn.Module):
             one_format = share is not None and share.scheme.weight_format == self.scheme.weight_format
             shared = share.grid if share is not None and one_format else None
             if shared is None:
-                shared = LearnedGrid(*initial_scales(self.rows(weight.detach()), self.scheme, initial), self.scheme)
+                begin = initial_scales(self.rows(weight.detach()), self.scheme, initial)
+                shared = LearnedGrid(*begin, self.scheme, learn_zero_points=learn_zero_points)
             self.grid = shared
         fused.implementation(weight.device)  # builds native operators now, not in the first step
         # nn.TransformerEncoderLayer leaves its fused inference path, which would read the float weights, when any
@@ -92,7 +95,7 @@ class LayerQuantizer(nn.Module):
 
     @property
     def learns_scales(self) -> bool:
-        """Whether scales and zero points are learned."""
+        """Whether the scales are learned."""
         return self.grid is not None
 
     @property
@@ -190,7 +193,8 @@ class LayerQuantizer(nn.Module):
         """Move to a phase; freezing fixes the scales in force now, leaving it releases them."""
         if phase is Phase.FROZEN and self.scheme.is_integer and self.frozen_scale is None:
             scale, zero_point = self.qparams(weight)
-            self.frozen_scale, self.frozen_zero_point = scale.clone(), zero_point
+            self.frozen_scale = scale.clone()
+            self.frozen_zero_point = None if zero_point is None else zero_point.clone()
         if phase is not Phase.FROZEN:
             self.frozen_scale = self.frozen_zero_point = None
         self.phase = phase

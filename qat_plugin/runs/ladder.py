@@ -104,7 +104,8 @@ class Ladder(Rungs):
         """The network of the QAT stage as training ended with it: float weights behind its own scales."""
         network = self._trained("qat")
         state = read_checkpoint(self._checkpoints("qat") / _QUANTIZERS)
-        prepare(network, self.plan, learn_scales=self.config.qat.learn_scales)
+        qat = self.config.qat
+        prepare(network, self.plan, learn_scales=qat.learn_scales, learn_zero_points=qat.learn_zero_points)
         load_quantizer_state(network, state)
         return network
 
@@ -131,6 +132,7 @@ def quantization_aware_training(config: Config, plan: Plan, prefix: str) -> Quan
         start=config.qat.start,
         freeze=config.qat.freeze,
         learn_scales=config.qat.learn_scales,
+        learn_zero_points=config.qat.learn_zero_points,
         initial=config.qat.initial,  # type: ignore[arg-type]
         scale_learning_rate=config.qat.scale_learning_rate,
         convert=False,

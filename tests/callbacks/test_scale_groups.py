@@ -58,7 +58,8 @@ class Scheduled(Classifier):
 
 
 def callback(**options: Any) -> QuantizationAwareTraining:
-    return QuantizationAwareTraining("w4a16-g32-asym", learn_scales=True, convert=False, **options)
+    learning = {"learn_scales": True, "learn_zero_points": True}
+    return QuantizationAwareTraining("w4a16-g32-asym", **learning, convert=False, **options)
 
 
 def run(
@@ -131,6 +132,7 @@ def test_scales_that_no_optimizer_holds_are_told(tmp_path: Path) -> None:
         ({"learn_scales": True, "initial": "best"}, "initial='best' is not one of minmax, mse"),
         ({"scale_learning_rate": 0.1}, "they need learn_scales=True"),
         ({"initial": "mse"}, "they need learn_scales=True"),
+        ({"learn_zero_points": True}, "they need learn_scales=True"),
     ],
 )
 def test_arguments_are_checked(options: dict[str, Any], said: str) -> None:

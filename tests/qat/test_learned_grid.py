@@ -65,14 +65,18 @@ def test_the_search_finds_what_trying_everything_finds() -> None:
 def test_where_scales_begin_is_checked() -> None:
     with pytest.raises(ConfigError, match="initial='gptq' is not one of minmax, mse"):
         prepare(MLP(), "w8a8", learn_scales=True, initial="gptq")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="needs learn_scales=True"):
+    with pytest.raises(ConfigError, match="add learn_scales=True"):
         prepare(MLP(), "w8a8", initial="mse")
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("freeze", [False, True])
-def test_a_model_that_learned_ships_its_own_scales_and_zero_points(spelling: str, freeze: bool) -> None:
-    model, x = prepare(MLP(), spelling, learn_scales=True, initial="mse"), batch("mlp")
+@pytest.mark.parametrize("learn_zero_points", [False, True])
+def test_a_model_that_learned_ships_its_own_scales_and_zero_points(
+    spelling: str, freeze: bool, learn_zero_points: bool
+) -> None:
+    options = {"learn_scales": True, "learn_zero_points": learn_zero_points}
+    model, x = prepare(MLP(), spelling, **options, initial="mse"), batch("mlp")
     optimizer = torch.optim.Adam(model.parameters(), 2e-2)
     for _ in range(8):
         optimizer.zero_grad()
@@ -86,7 +90,7 @@ def test_a_model_that_learned_ships_its_own_scales_and_zero_points(spelling: str
     assert torch.equal(dequantize(integers.q, integers.scale, integers.zero_point), trained)
     assert not torch.equal(quantizer.grid.relative_scale, torch.ones_like(quantizer.grid.relative_scale))
 
-    fresh = prepare(MLP(), spelling, learn_scales=True)
+    fresh = prepare(MLP(), spelling, **options)
     fresh.load_state_dict(model.state_dict())
     load_quantizer_state(fresh, quantizer_state(model))
     assert torch.equal(fresh(x), model(x))
@@ -146,7 +150,7 @@ def test_scales_found_elsewhere_are_where_learning_begins() -> None:
 
 
 def test_taking_it_out_takes_the_scales_out() -> None:
-    model = prepare(MLP(), "w4a16-g32-asym", learn_scales=True)
+    model = prepare(MLP(), "w4a16-g32-asym", learn_scales=True, learn_zero_points=True)
     assert len(grid_parameters(model)) == 4
     unprepare(model)
     assert {name for name, _ in model.named_parameters()} == {name for name, _ in MLP().named_parameters()}
