@@ -107,7 +107,7 @@ class QuantizationAwareTraining(ResumingCallback):
                 "initial, learn_zero_points and scale_learning_rate are of learned scales: they need learn_scales=True"
             )
         self._initial, self._scale_learning_rate = initial, scale_learning_rate
-        self._learning = {"learn_scales": learn_scales, "learn_zero_points": learn_zero_points}
+        self._learning: dict[str, Any] = {"learn_scales": learn_scales, "learn_zero_points": learn_zero_points}
         self._dtype = None if dtype is None else _DTYPES[dtype]
         self._steps: Steps | None = None
         self._module: L.LightningModule | None = None
