@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         PostTrainingQuantization,
         QLoRAFinetuning,
         QuantizationAwareTraining,
+        QuantizationMonitor,
     )
     from qat_plugin.conversion import load_converted, save_converted
     from qat_plugin.conversion.convert import convert, is_converted, proof_of
@@ -35,6 +36,7 @@ _WHERE = {
     "PostTrainingQuantization": "callbacks",
     "QLoRAFinetuning": "callbacks",
     "QuantizationAwareTraining": "callbacks",
+    "QuantizationMonitor": "callbacks",
     "convert": "conversion",
     "is_converted": "conversion",
     "load_converted": "conversion",
@@ -66,6 +68,7 @@ __all__ = [
     "QLoRAFinetuning",
     "QatError",
     "QuantizationAwareTraining",
+    "QuantizationMonitor",
     "Scheme",
     "__version__",
     "auto_policy",

@@ -25,6 +25,7 @@ from typing import Any, Final, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+import qat_plugin.learned as learned
 import qat_plugin.numerics as numerics
 from qat_plugin.native import available, native
 from qat_plugin.scheme import Scheme
@@ -89,6 +90,13 @@ def fake_quantize(
     return numerics.fake_quantize(weight, scheme, scale, zero_point)
 
 
+def fake_quantize_learned(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme) -> Tensor:
+    """As :func:`qat_plugin.learned.fake_quantize_learned`: the numbers to the bit, gradients up to float32 sums."""
+    if _form(weight) == "plain" or torch.compiler.is_compiling():
+        return learned.fake_quantize_learned(weight, scale, zero_point, scheme)
+    return cast(Tensor, _Learned.apply(weight, scale, zero_point, scheme))
+
+
 def fake_quantize_activation(x: Tensor, scale: Tensor | None = None) -> Tensor:
     """As :func:`qat_plugin.numerics.fake_quantize_activation`."""
     form = _form(x)
@@ -138,11 +146,35 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        if not ctx.clips:
-            return grad, None, None
-        (inside,) = ctx.saved_tensors
-        kept = grad * inside if inside.dtype == torch.bool else torch.ops.qat_plugin_native.keep_inside(grad, inside)
-        return kept, None, None
+        return _kept(grad, ctx.saved_tensors[0] if ctx.clips else None), None, None
+
+
+def _kept(grad: Tensor, inside: Tensor | None) -> Tensor:
+    """The gradient where the grid did not clip."""
+    if inside is None:
+        return grad
+    kept: Tensor = (
+        grad * inside if inside.dtype == torch.bool else torch.ops.qat_plugin_native.keep_inside(grad, inside)
+    )
+    return kept
+
+
+class _Learned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme) -> Tensor:
+        rounded = learned.learned_scale(scale, scheme)
+        zero = None if zero_point is None else learned.learned_zero_point(zero_point, scheme)
+        numbers, inside = quantized(weight, scheme, rounded, zero)
+        moving = zero_point if zero_point is not None and zero_point.is_floating_point() else None
+        ctx.scheme = scheme
+        ctx.save_for_backward(weight, numbers, inside, rounded, moving)
+        return numbers
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, numbers, inside, rounded, moving = ctx.saved_tensors
+        kept = _kept(grad, inside)
+        return kept, *learned.learned_gradients(grad, kept, weight, numbers, rounded, moving, ctx.scheme), None
 
 
 def _form(x: Tensor) -> Form:

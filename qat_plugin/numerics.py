@@ -138,11 +138,12 @@ def choose_qparams(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | Non
 def _asymmetric_qparams(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     scale = round_scale((high - low) / scheme.qmax, significant_bits=7)
-    zero_point = torch.floor(-low / _nonzero(scale) + 0.5).clamp(0, scheme.qmax)
+    zero_point = torch.floor(-low / nonzero(scale) + 0.5).clamp(0, scheme.qmax)
     return scale, zero_point.to(torch.uint8)
 
 
-def _nonzero(scale: Tensor) -> Tensor:
+def nonzero(scale: Tensor) -> Tensor:
+    """Scales to divide by: 1 in place of 0, the scale of a group of zeros."""
     return torch.where(scale == 0, 1.0, scale)
 
 
@@ -176,7 +177,7 @@ def row_chunks(weight: Tensor) -> Iterator[slice]:
 
 def _levels(groups: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
     """Rounded, unclipped positions on the grid, float32, [.., groups, group size]."""
-    levels = torch.floor(groups.to(torch.float32) / _nonzero(scale).unsqueeze(-1) + 0.5)
+    levels = torch.floor(groups.to(torch.float32) / nonzero(scale).unsqueeze(-1) + 0.5)
     return levels if zero_point is None else levels + zero_point.to(torch.float32).unsqueeze(-1)
 
 
@@ -249,53 +250,11 @@ class _FakeQuantize(torch.autograd.Function):
         return grad * inside, None, None, None
 
 
-def fake_quantize_learned(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme) -> Tensor:
-    """Fake quantization whose scales are learned (LSQ, Esser et al., arXiv:1902.08153).
-
-    The scale is rounded to a bf16- and fp16-exact number in the forward pass and receives its gradient straight through
-    that rounding: ``sum over the group of (q - w / d)`` inside the grid and ``(q - z)`` where it clips, times
-    ``1 / sqrt(group size * qmax)``.
-
-    Args:
-        weight: [out_features, in_features].
-        scale: float32 Parameter [out_features, groups].
-        zero_point: uint8 of that shape (not learned), or ``None``.
-        scheme: an integer scheme.
-    """
-    return cast(Tensor, _FakeQuantizeLearned.apply(weight, scale, zero_point, scheme))
-
-
-def learned_scale(scale: Tensor, scheme: Scheme) -> Tensor:
-    """The scale that a learned parameter stands for: rounded as :func:`choose_qparams` rounds."""
-    return round_scale(scale.detach(), significant_bits=8 if scheme.symmetric else 7)
-
-
-class _FakeQuantizeLearned(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme) -> Tensor:
-        rounded = learned_scale(scale, scheme)
-        groups = to_groups(weight, scheme)
-        levels = _levels(groups, rounded, zero_point)
-        clipped = levels.clamp(scheme.qmin, scheme.qmax)
-        inside = levels == clipped
-        zero = 0.0 if zero_point is None else zero_point.to(torch.float32).unsqueeze(-1)
-        exact = groups.to(torch.float32) / _nonzero(rounded).unsqueeze(-1)
-        ctx.save_for_backward(inside, clipped - zero - torch.where(inside, exact, 0.0))
-        ctx.gradient_scale = (groups.shape[-1] * max(scheme.qmax, 1)) ** -0.5
-        return _numbers(clipped, rounded, zero_point).reshape(weight.shape).to(weight.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inside, slope = ctx.saved_tensors
-        grad_scale = (grad.reshape(slope.shape).to(torch.float32) * slope).sum(-1) * ctx.gradient_scale
-        return grad * inside.reshape(grad.shape), grad_scale, None, None
-
-
 def activation_scale(x: Tensor) -> Tensor:
     """Per-token scales ``absmax / 127`` of [..., features], float32, [..., 1]; 1 for a row of zeros."""
     low, high = torch.aminmax(x.detach(), dim=-1, keepdim=True)
     absmax = torch.maximum(high.to(torch.float32), -low.to(torch.float32))
-    return _nonzero(absmax / ACTIVATION_QMAX)
+    return nonzero(absmax / ACTIVATION_QMAX)
 
 
 def quantize_activation(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """The Lightning face: thin hooks over the rooms above."""
 
 from qat_plugin.callbacks.mixed_precision import MixedPrecision
+from qat_plugin.callbacks.monitors import QuantizationMonitor
 from qat_plugin.callbacks.ptq import PostTrainingQuantization
 from qat_plugin.callbacks.qat import QuantizationAwareTraining
 from qat_plugin.callbacks.qlora import QLoRAFinetuning
@@ -13,5 +14,6 @@ __all__ = [
     "PostTrainingQuantization",
     "QLoRAFinetuning",
     "QuantizationAwareTraining",
+    "QuantizationMonitor",
     "Schedule",
 ]

@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from qat_plugin.callbacks.guards import check_other_callbacks, check_strategy
 from qat_plugin.callbacks.resuming import ResumingCallback, after_configure_model
+from qat_plugin.callbacks.scale_groups import check_rate, split_scales
 from qat_plugin.callbacks.schedule import Schedule, Steps
 from qat_plugin.callbacks.weight_reuse import TrainerReuse
 from qat_plugin.conversion import convert, dequantized_state_dict, is_converted, proof_of, reload_float
@@ -24,12 +25,17 @@ from qat_plugin.errors import CheckpointError, ConfigError
 from qat_plugin.observers.spelling import DEFAULT_FOR_TRAINING, ObserverSpec
 from qat_plugin.policy import Plan, Policy, PolicyLike
 from qat_plugin.qat import (
+    Initial,
     Phase,
+    begin_scales,
     capture_inputs,
+    check_initial,
     folds,
     get_phase,
+    grid_parameters,
     is_prepared,
     load_quantizer_state,
+    low_bit_advice,
     observer_of,
     plan_of,
     prepare,
@@ -59,7 +65,12 @@ class QuantizationAwareTraining(ResumingCallback):
         freeze: when scales stop moving, likewise; ``None`` for never.
         convert: convert to integer kernels when the fit ends.
         weights: convert the ``"last"`` weights, or those of the ``"best"`` checkpoint of a ``ModelCheckpoint``.
-        learn_scales: learn the scales (LSQ).
+        learn_scales: learn the scales (LSQ); they get optimizer groups of their own, without weight decay.
+        learn_zero_points: learn the zero points with them (LSQ+); see :func:`~qat_plugin.prepare`.
+        initial: where learned scales begin: ``"minmax"`` or ``"mse"`` (least squared error).
+        scale_learning_rate: of learned scales, where the weights have the rate that their optimizer was given; a
+            schedule changes both by the same factor. Scales are learned relative to where they begin, so that the
+            weights' own rate, the default, suits Adam; SGD wants a larger one.
         dtype: the float type that the converted model runs in (``"bf16"`` for the fast INT4 kernels on CPU); by
             default the module's own.
         observer: what static schemes calibrate their activations with, on training batches before ``freeze``:
@@ -86,6 +97,9 @@ class QuantizationAwareTraining(ResumingCallback):
         convert: bool = True,
         weights: Weights = "last",
         learn_scales: bool = False,
+        learn_zero_points: bool = False,
+        initial: Initial = "minmax",
+        scale_learning_rate: float | None = None,
         dtype: Literal["fp32", "bf16", "fp16"] | None = None,
         observer: str = DEFAULT_FOR_TRAINING,
         exact_resume: bool = True,
@@ -98,6 +112,14 @@ class QuantizationAwareTraining(ResumingCallback):
         self._policy = policy if isinstance(policy, Plan) else Policy.coerce(policy)
         self._schedule = Schedule(start, freeze)
         self._convert, self._weights, self._learn_scales = convert, weights, learn_scales
+        check_initial(initial)
+        check_rate(scale_learning_rate)
+        if not learn_scales and (initial != "minmax" or learn_zero_points or scale_learning_rate is not None):
+            raise ConfigError(
+                "initial, learn_zero_points and scale_learning_rate are of learned scales: they need learn_scales=True"
+            )
+        self._initial, self._scale_learning_rate = initial, scale_learning_rate
+        self._learning: dict[str, Any] = {"learn_scales": learn_scales, "learn_zero_points": learn_zero_points}
         self._dtype = None if dtype is None else _DTYPES[dtype]
         self._observer = ObserverSpec.parse(observer)
         self._steps: Steps | None = None
@@ -131,6 +153,12 @@ class QuantizationAwareTraining(ResumingCallback):
             self._check_prepared(trainer, pl_module)
         else:
             after_configure_model(pl_module, lambda: self._prepare(trainer, pl_module))
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._learn_scales:
+            schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+            split_scales(trainer.optimizers, schedulers, grid_parameters(pl_module), self._scale_learning_rate)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -224,8 +252,7 @@ class QuantizationAwareTraining(ResumingCallback):
             return
         if not is_prepared(self._module):  # a checkpoint evaluated in a new process sees what it was trained with
             plan, observer = Plan.from_list(state_dict["quantizers"]["plan"]), observer_in(state_dict["quantizers"])
-            options: dict[str, Any] = {"learn_scales": self._learn_scales, "observer": observer}
-            prepare(self._module, plan, phase=Phase.FLOAT, **options)
+            prepare(self._module, plan, phase=Phase.FLOAT, observer=observer, **self._learning)
         load_quantizer_state(self._module, state_dict["quantizers"])
 
     @override
@@ -276,7 +303,7 @@ class QuantizationAwareTraining(ResumingCallback):
             raise ConfigError(
                 f"the module is prepared already with observer={str(observer)!r}, not {str(self._observer)!r}. {way}"
             )
-        learned = any(name.endswith(".fake_quantizer.scale") for name, _ in pl_module.named_parameters())
+        learned = bool(grid_parameters(pl_module))
         if learned != self._learn_scales:
             raise ConfigError(
                 f"the module is prepared already with learn_scales={learned}, not {self._learn_scales}. {way}"
@@ -298,8 +325,11 @@ class QuantizationAwareTraining(ResumingCallback):
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         plan = self._plan(trainer, pl_module)
         phase = Phase.FAKE_QUANTIZED if self._schedule.start == 0 else Phase.FLOAT
-        prepare(pl_module, plan, learn_scales=self._learn_scales, phase=phase, observer=self._observer)
+        options: dict[str, Any] = {**self._learning, "initial": self._initial, "observer": self._observer}
+        prepare(pl_module, plan, phase=phase, **options)
         rank_zero_info(f"QuantizationAwareTraining: {plan.summary()}{_folded(pl_module)}")
+        if advice := low_bit_advice(plan):
+            rank_zero_warn(f"QuantizationAwareTraining: {advice}")
 
     def _follow_schedule(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._steps is None:
@@ -307,6 +337,8 @@ class QuantizationAwareTraining(ResumingCallback):
         phase, before = self.phase_at(trainer, self._steps), get_phase(pl_module)
         if phase is before:
             return
+        if before in (Phase.FLOAT, Phase.OBSERVING):
+            begin_scales(pl_module)
         set_phase(pl_module, phase)
         moved = f"{before.value} -> {phase.value}{_folded(pl_module)}"
         rank_zero_info(f"QuantizationAwareTraining: step {trainer.global_step}: {moved}")

@@ -106,10 +106,24 @@ class QatConfig:
     start: int | float = option(0, "when fake quantization starts: optimizer step (1000) or fraction of the run (0.1)")
     freeze: int | float | None = option(None, "when scales and observers freeze: step or fraction; null for never")
     learn_scales: bool = option(False, "learn the weight scales with the weights (LSQ)")
+    learn_zero_points: bool = option(False, "learn zero points with the scales (LSQ+)")
+    initial: str = option("minmax", "where learned scales begin: minmax, or mse (least squared error)")
+    scale_learning_rate: float | None = option(None, "of learned scales; null for the weights'")
+    monitor: int | bool = option(False, "log what flips, oscillates and clips: true, or every so many steps")
     observer: str = option(DEFAULT_FOR_TRAINING, f"what static activation scales follow: {_OBSERVERS}")
 
     def __post_init__(self) -> None:
         ObserverSpec.parse(self.observer, "qat.observer")
+        check_choice("qat.initial", self.initial, ("minmax", "mse"))
+        check_above("qat.scale_learning_rate", self.scale_learning_rate, 0)
+        if self.monitor is not True and self.monitor is not False:
+            check_at_least("qat.monitor", self.monitor, 1)
+        given = self.initial != "minmax" or self.learn_zero_points or self.scale_learning_rate is not None
+        if given and not self.learn_scales:
+            raise ConfigError(
+                "qat.initial, qat.learn_zero_points and qat.scale_learning_rate need qat.learn_scales=true: they are "
+                "of learned scales"
+            )
 
 
 @dataclass
@@ -141,12 +155,18 @@ class DistillConfig:
 
     weight: float = option(0.0, "share of the loss that is KL to the float model's predictions; 0 for none, 1 for all")
     temperature: float = option(1.0, "softens both distributions")
+    teacher: str = option("float", "float: the model that training starts from; fine-tuned: the one the ladder trained")
+    hidden: float = option(0.0, "weight of the squared error of the states after each block; 0 for none")
 
     def __post_init__(self) -> None:
         check_at_least("distill.weight", self.weight, 0)
         if self.weight > 1:
             raise ConfigError(f"distill.weight={self.weight} is not allowed: it is a share, at most 1")
         check_above("distill.temperature", self.temperature, 0)
+        check_choice("distill.teacher", self.teacher, ("float", "fine-tuned"))
+        check_at_least("distill.hidden", self.hidden, 0)
+        if self.hidden and not self.weight:
+            raise ConfigError("distill.hidden comes beside the predictions: give distill.weight above 0")
 
 
 @dataclass

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from qat_plugin.errors import CheckpointError, ConversionError
 from qat_plugin.kernels.weight import CastWeight, QuantizedWeight, is_converted_weight
-from qat_plugin.numerics import learned_scale, quantize, round_to_nearest
+from qat_plugin.learned import learned_scale
+from qat_plugin.numerics import quantize, round_to_nearest
 from qat_plugin.observers.factory import observed_scale
 from qat_plugin.observers.spelling import DEFAULT_FOR_TRAINING
 from qat_plugin.policy import Candidate, candidates

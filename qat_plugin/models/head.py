@@ -34,6 +34,11 @@ class SplitModel:
         states: Tensor = self.body(**inputs_of(batch), use_cache=False).last_hidden_state
         return states
 
+    def all_hidden(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """The states [B, T, D] after each block; the last are those of :meth:`hidden`."""
+        out = self.body(**inputs_of(batch), use_cache=False, output_hidden_states=True)
+        return (*out.hidden_states[1:-1], out.last_hidden_state)
+
 
 def inputs_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What of a batch goes into the model; labels do not."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -23,21 +23,26 @@ IGNORED = -100
 class Distillation:
     """Learning from a teacher beside the data (arXiv:1503.02531).
 
-    ``(1 - weight) * cross entropy + weight * T^2 * KL(teacher || student)``, both softened by the temperature T.
+    ``(1 - weight) * cross entropy + weight * T^2 * KL(teacher || student)``, both softened by the temperature T, and
+    ``hidden`` times the squared error of the states after each block, relative to the teacher's (:func:`hidden_error`).
 
     Attributes:
         weight: 0 to 1; 1 ignores the data's own next tokens.
         temperature: T, above 0.
+        hidden: weight of the states' error; 0 for none. The teacher needs the student's width and depth.
     """
 
     weight: float = 0.5
     temperature: float = 1.0
+    hidden: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.weight <= 1:
             raise ConfigError(f"distill.weight={self.weight} is not allowed: it is above 0 and at most 1")
         if not self.temperature > 0:
             raise ConfigError(f"distill.temperature={self.temperature} is not allowed: it must be above 0")
+        if self.hidden < 0:
+            raise ConfigError(f"distill.hidden={self.hidden} is not allowed: it is 0 or above")
 
 
 class Objective:
@@ -69,20 +74,26 @@ class Objective:
             return self.cross_entropy(batch)
         parts, weight = self._split(self.model), self.distillation.weight
         assert isinstance(parts, SplitModel)  # else _split has raised
-        hidden, labels = parts.hidden(batch), next_tokens(batch["labels"])
+        states, labels = self._states(parts, batch), next_tokens(batch["labels"])
         with self._teaching() as teacher:
             taught = self._split(teacher)
             assert isinstance(taught, SplitModel)
-            theirs = taught.hidden(batch)
-        divergence = chunked_distillation(
-            hidden, parts.head, theirs, taught.head, labels,
+            theirs = self._states(taught, batch)
+        hidden = states[-1]
+        loss = weight * chunked_distillation(
+            hidden, parts.head, theirs[-1], taught.head, labels,
             temperature=self.distillation.temperature, transform=parts.transform, teacher_transform=taught.transform,
         )  # fmt: skip
-        if weight == 1:
-            return divergence
-        return (1 - weight) * chunked_cross_entropy(hidden, parts.head, labels, transform=parts.transform) + (
-            weight * divergence
-        )
+        if weight < 1:
+            loss = loss + (1 - weight) * chunked_cross_entropy(hidden, parts.head, labels, transform=parts.transform)
+        if self.distillation.hidden:
+            loss = loss + self.distillation.hidden * hidden_error(states, theirs, labels)
+        return loss
+
+    def _states(self, parts: SplitModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """The states that are compared; the last are what the head takes."""
+        assert self.distillation is not None
+        return parts.all_hidden(batch) if self.distillation.hidden else (parts.hidden(batch),)
 
     def cross_entropy(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Mean next-token cross entropy alone, in nats."""
@@ -120,6 +131,34 @@ class Objective:
                     teacher.to(device)
             stack.enter_context(evaluating(teacher))
             yield teacher
+
+
+def hidden_error(states: Sequence[Tensor], theirs: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """Squared error of a student's states over a teacher's mean square, averaged over blocks.
+
+    Args:
+        states: [B, T, D] after each block.
+        theirs: the teacher's, which get no gradient.
+        labels: [B, T]; positions that predict nothing are left out.
+
+    Returns:
+        A float32 scalar: 0 for equal states, 1 for states that are as far off as zeros would be.
+
+    Raises:
+        ConfigError: when the two have not the same number of blocks or width.
+    """
+    if [state.shape for state in states] != [state.shape for state in theirs]:
+        raise ConfigError(
+            f"distill.hidden compares the states of each block: the student has {len(states)} of width "
+            f"{states[-1].shape[-1]}, the teacher {len(theirs)} of width {theirs[-1].shape[-1]}; set distill.hidden=0"
+        )
+    scored = (labels != IGNORED).unsqueeze(-1)
+    errors = []
+    for state, target in zip(states, theirs, strict=True):
+        target = target.detach().to(torch.float32)
+        error = (state.to(torch.float32) - target).square() * scored
+        errors.append(error.sum() / (target.square() * scored).sum().clamp(min=1e-12))
+    return torch.stack(errors).mean()
 
 
 def next_tokens(labels: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Better integers without training: each weight algorithm one function, and one walker that feeds layers in turn."""
 
+from qat_plugin.grid_search import clip_search, search_scales
 from qat_plugin.ptq.awq import awq_scale
 from qat_plugin.ptq.calibrate import calibrate
-from qat_plugin.ptq.clip import clip_search, search_scales
 from qat_plugin.ptq.gptq import GptqOptions, gptq
 from qat_plugin.ptq.hqq import hqq
 from qat_plugin.ptq.methods import METHODS, method_named

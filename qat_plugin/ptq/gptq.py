@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from qat_plugin.errors import ConfigError, QatError
-from qat_plugin.numerics import Quantized, choose_qparams, learned_scale, round_to_nearest
-from qat_plugin.ptq.clip import search_scales
+from qat_plugin.grid_search import search_scales
+from qat_plugin.learned import learned_scale
+from qat_plugin.numerics import Quantized, choose_qparams, round_to_nearest
 from qat_plugin.ptq.statistics import InputStatistics
 from qat_plugin.scheme import Scheme
 

@@ -13,8 +13,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from qat_plugin.grid_search import search_scales
 from qat_plugin.numerics import Quantized, on_grid_numbers, quantize, row_chunks, to_groups
-from qat_plugin.ptq.clip import search_scales
 from qat_plugin.scheme import Scheme
 
 _NORM: Final = 0.7

@@ -8,8 +8,8 @@ from typing import Final, Literal
 from torch import Tensor
 
 from qat_plugin.errors import ConfigError, did_you_mean
+from qat_plugin.grid_search import clip_search
 from qat_plugin.numerics import Quantized, round_to_nearest
-from qat_plugin.ptq.clip import clip_search
 from qat_plugin.ptq.gptq import GptqOptions, gptq
 from qat_plugin.ptq.hqq import hqq
 from qat_plugin.ptq.scaling import ScalingMethod

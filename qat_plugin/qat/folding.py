@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat_plugin.errors import CheckpointError
-from qat_plugin.numerics import choose_qparams
 from qat_plugin.qat.folded import (
     Fold,
     FoldedNorm,
@@ -100,12 +99,12 @@ def _fold(model: nn.Module, layer: nn.Module, norm: _BatchNorm, names: tuple[str
 def _follow_learned_scales(layer: nn.Module, gain: Tensor) -> None:
     """Learned scales grow with the channels that they are of; one for the whole weight starts anew."""
     quantizer = getattr(layer, ATTRIBUTE)
-    if quantizer.scale is None:
+    if quantizer.grid is None:
         return
     if quantizer.scheme.per_tensor:
-        quantizer.scale.copy_(choose_qparams(quantizer.rows(layer._parameters["weight"]), quantizer.scheme)[0])
+        quantizer.begin(layer._parameters["weight"])
     else:
-        quantizer.scale.mul_(gain.abs().to(quantizer.scale).unsqueeze(1))
+        quantizer.grid.unit.mul_(gain.abs().to(quantizer.grid.unit).unsqueeze(1))
 
 
 def fold_names(model: nn.Module) -> list[list[str]]:

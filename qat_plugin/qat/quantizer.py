@@ -16,14 +16,14 @@ from qat_plugin.numerics import (
     choose_qparams,
     divided_input,
     fake_cast,
-    fake_quantize_learned,
-    learned_scale,
     quantize,
 )
 from qat_plugin.observers.factory import make_observer
 from qat_plugin.observers.observer import Observer
 from qat_plugin.observers.spelling import DEFAULT_FOR_TRAINING, ObserverSpec
 from qat_plugin.policy import LayerPlan, Plan
+from qat_plugin.qat.grid import LearnedGrid
+from qat_plugin.qat.initial import Initial, initial_scales
 from qat_plugin.qat.input_scale import wrong_input_scale
 from qat_plugin.scheme import Scheme
 
@@ -52,8 +52,10 @@ class LayerQuantizer(nn.Module):
         plan: the whole plan, so that any prepared layer can tell it.
         weight: the layer's weight as its module holds it.
         transposed: the module's weight is [in_features, out_features].
-        learn_scales: make the scales a Parameter (LSQ), initialised from the weight.
-        share: the quantizer of the layer this one is tied to; their learned scales are one Parameter.
+        learn_scales: learn the scales (LSQ) in a :class:`~qat_plugin.qat.grid.LearnedGrid`, ``grid``.
+        learn_zero_points: learn the zero points with them.
+        initial: where learned ones begin, see :func:`~qat_plugin.qat.initial.initial_scales`.
+        share: the quantizer of the layer this one is tied to; they learn one grid.
         observer: what a static scheme calibrates its activations with.
 
     Attributes:
@@ -61,8 +63,7 @@ class LayerQuantizer(nn.Module):
             fake-quantized ``W s``; the weight itself stays the float model's.
     """
 
-    scale: Tensor | None
-    zero_point: Tensor | None
+    grid: LearnedGrid | None
     frozen_scale: Tensor | None
     frozen_zero_point: Tensor | None
     input_scale: Tensor | None
@@ -75,6 +76,8 @@ class LayerQuantizer(nn.Module):
         *,
         transposed: bool,
         learn_scales: bool,
+        learn_zero_points: bool = False,
+        initial: Initial = "minmax",
         share: LayerQuantizer | None = None,
         observer: str | ObserverSpec = DEFAULT_FOR_TRAINING,
     ) -> None:
@@ -82,18 +85,20 @@ class LayerQuantizer(nn.Module):
         assert layer.scheme is not None
         self.layer, self.plan, self.transposed = layer, plan, transposed
         self.scheme: Scheme = layer.scheme
-        self.phase = Phase.FLOAT
+        self.phase, self.initial = Phase.FLOAT, initial
         self.observe_always = False
         self.reuse: WeightReuse | None = None
         self.observer = _hidden(make_observer(observer)) if self.scheme.static else None
-        for name in ("zero_point", "frozen_scale", "frozen_zero_point", "input_scale"):
+        for name in ("frozen_scale", "frozen_zero_point", "input_scale"):
             self.register_buffer(name, None, persistent=False)
-        self.register_parameter("scale", None)
+        self.grid = None
         if learn_scales and self.scheme.is_integer:
-            scale, self.zero_point = choose_qparams(self.rows(weight.detach()), self.scheme)
             one_format = share is not None and share.scheme.weight_format == self.scheme.weight_format
-            shared = share.scale if share is not None and one_format else None
-            self.scale = nn.Parameter(scale) if shared is None else shared
+            shared = share.grid if share is not None and one_format else None
+            if shared is None:
+                begin = initial_scales(self.rows(weight.detach()), self.scheme, initial)
+                shared = LearnedGrid(*begin, self.scheme, learn_zero_points=learn_zero_points)
+            self.grid = shared
         fused.implementation(weight.device)  # builds native operators now, not in the first step
         # nn.TransformerEncoderLayer leaves its fused inference path, which would read the float weights, when any
         # submodule has a hook; this one has.
@@ -101,8 +106,8 @@ class LayerQuantizer(nn.Module):
 
     @property
     def learns_scales(self) -> bool:
-        """Whether the scales are a Parameter."""
-        return self.scale is not None
+        """Whether the scales are learned."""
+        return self.grid is not None
 
     @property
     def active(self) -> bool:
@@ -135,8 +140,8 @@ class LayerQuantizer(nn.Module):
             return fake_cast(rows, self.scheme.float_dtype)
         if self.frozen_scale is not None:
             return fused.fake_quantize(rows, self.scheme, self.frozen_scale, self.frozen_zero_point)
-        if self.scale is not None:
-            return fake_quantize_learned(rows, self.scale, self.zero_point, self.scheme)
+        if self.grid is not None:
+            return fused.fake_quantize_learned(rows, self.grid.scale(), self.grid.zero_point(), self.scheme)
         return fused.fake_quantize(rows, self.scheme)
 
     def fake_parameter(self, weight: Tensor) -> Tensor:
@@ -144,7 +149,7 @@ class LayerQuantizer(nn.Module):
 
         Inside :func:`~qat_plugin.qat.reusing_weights`, one that did not change is not quantized again.
         """
-        learning = self.scale is not None and self.frozen_scale is None  # the scales' gradient needs the weight
+        learning = self.grid is not None and self.frozen_scale is None  # the scales' gradient needs the weight
         reusable = self.scheme.is_integer and not learning and isinstance(weight, nn.Parameter)
         if self.reuse is None or not reusable or torch.compiler.is_compiling():
             return self.fake_weight(self.rows(weight))
@@ -153,8 +158,12 @@ class LayerQuantizer(nn.Module):
     @property
     def rows_stand_alone(self) -> bool:
         """Whether looked-up rows can be fake-quantized by themselves: when their scales come from them alone."""
-        fixed = self.learns_scales or self.frozen_scale is not None
-        return self.scheme.is_float or not (fixed or self.scheme.per_tensor)
+        return self.scheme.is_float or not (self.fixed or self.scheme.per_tensor)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the scales in force are learned or frozen, and not those of the weight's range."""
+        return self.learns_scales or self.frozen_scale is not None
 
     def fake_input(self, x: Tensor) -> Tensor:
         """The fake-quantized input of the layer; observes it where that is due."""
@@ -218,8 +227,8 @@ class LayerQuantizer(nn.Module):
         """The scales and zero points in force for a weight as its module holds it."""
         if self.frozen_scale is not None:
             return self.frozen_scale, self.frozen_zero_point
-        if self.scale is not None:
-            return learned_scale(self.scale, self.scheme), self.zero_point
+        if self.grid is not None:
+            return self.grid.qparams()
         return choose_qparams(self.scaled_rows(weight), self.scheme)
 
     def integers(self, weight: Tensor) -> Quantized:
@@ -247,17 +256,21 @@ class LayerQuantizer(nn.Module):
         """Move to a phase; freezing fixes the scales in force now, leaving it releases them."""
         if phase is Phase.FROZEN and self.scheme.is_integer and self.frozen_scale is None:
             scale, zero_point = self.qparams(weight)
-            self.frozen_scale, self.frozen_zero_point = scale.clone(), zero_point
+            self.frozen_scale = scale.clone()
+            self.frozen_zero_point = None if zero_point is None else zero_point.clone()
         if phase is not Phase.FROZEN:
             self.frozen_scale = self.frozen_zero_point = None
         self.phase = phase
 
+    def begin(self, weight: Tensor) -> None:
+        """Let learned scales begin from a weight as its module holds it; nothing for others."""
+        if self.grid is not None:
+            self.grid.hold(*initial_scales(self.scaled_rows(weight.detach()), self.scheme, self.initial))
+
     def hold(self, scale: Tensor, zero_point: Tensor | None) -> None:
         """Take scales and zero points from elsewhere: learned ones start from them, others are frozen to them."""
-        if self.scale is not None:
-            with torch.no_grad():
-                self.scale.copy_(scale)
-            self.zero_point = zero_point
+        if self.grid is not None:
+            self.grid.hold(scale, zero_point)
             return
         self.frozen_scale, self.frozen_zero_point = scale.clone(), zero_point
         self.phase = Phase.FROZEN
@@ -265,10 +278,7 @@ class LayerQuantizer(nn.Module):
     def start_anew(self, weight: Tensor) -> None:
         """Take scales from the weight as it is now, and forget the activations seen: one of them was rescaled."""
         frozen, self.frozen_scale, self.frozen_zero_point = self.frozen_scale is not None, None, None
-        if self.scale is not None:
-            scale, self.zero_point = choose_qparams(self.scaled_rows(weight.detach()), self.scheme)
-            with torch.no_grad():
-                self.scale.copy_(scale)
+        self.begin(weight)
         if frozen:
             self.enter(self.phase, weight)
         if self.observer is not None:
@@ -276,8 +286,8 @@ class LayerQuantizer(nn.Module):
 
     def export_state(self) -> dict[str, Tensor]:
         """Scales and observer statistics, as tensors on the CPU."""
-        names = ("scale", "zero_point", "frozen_scale", "frozen_zero_point", "input_scale")
-        tensors = {name: getattr(self, name) for name in names}
+        tensors = {} if self.grid is None else self.grid.export_state()
+        tensors |= {name: getattr(self, name) for name in ("frozen_scale", "frozen_zero_point", "input_scale")}
         if self.observer is not None:
             tensors |= dict(self.observer.named_buffers())
         return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items() if tensor is not None}
@@ -294,7 +304,7 @@ class LayerQuantizer(nn.Module):
                 f"{name}: the checkpoint was made with learn_scales={'scale' in state}, this model is prepared with "
                 f"learn_scales={self.learns_scales}"
             )
-        due = {key for key in ("scale", "zero_point") if getattr(self, key) is not None}
+        due = set() if self.grid is None else set(self.grid.export_state())
         watched = {} if self.observer is None else dict(self.observer.named_buffers())
         due |= watched.keys()
         if phase is Phase.FROZEN and self.scheme.is_integer:
@@ -315,10 +325,9 @@ class LayerQuantizer(nn.Module):
 
     def import_state(self, state: Mapping[str, Tensor], phase: Phase, device: torch.device) -> None:
         """The inverse of :meth:`export_state`, after :meth:`check_state`."""
-        if self.scale is not None:
-            with torch.no_grad():
-                self.scale.copy_(state["scale"])
-        for name in ("zero_point", "frozen_scale", "frozen_zero_point", "input_scale"):
+        if self.grid is not None:
+            self.grid.import_state(state)
+        for name in ("frozen_scale", "frozen_zero_point", "input_scale"):
             value = state.get(name)
             setattr(self, name, None if value is None else value.detach().clone().to(device))
         if self.observer is not None:

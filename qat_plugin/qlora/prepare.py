@@ -21,6 +21,7 @@ from torch import nn
 from qat_plugin.errors import ConfigError, PrepareError
 from qat_plugin.policy import Candidate, Plan, Policy, PolicyLike, Rule, candidates, clean_name, human_bytes
 from qat_plugin.policy.rules import check_pattern
+from qat_plugin.qat import Initial
 from qat_plugin.qat import prepare as fake_quantize
 from qat_plugin.qlora.adapters import ALL_LINEAR, AdapterOptions, check_init, inject, lora_config, target_layers
 from qat_plugin.qlora.base import cast_layers, existing_scheme, nf4_plan, quantize_layers
@@ -92,6 +93,7 @@ def prepare(
     gradient_checkpointing: bool = True,
     train_also: Sequence[str] = (),
     learn_scales: bool = False,
+    initial: Initial = "minmax",
     record: Any = None,
 ) -> nn.Module:
     """Make a model ready for QLoRA fine-tuning (arXiv:2305.14314), in place: quantized base, adapters, frozen rest.
@@ -116,7 +118,7 @@ def prepare(
         gradient_checkpointing: recompute transformers' blocks in the backward pass (non-reentrant).
         train_also: patterns of modules that train in full (a new classification head); an adapter file cannot hold
             them.
-        learn_scales: learn the scales of a fake-quantized base (LSQ).
+        learn_scales, initial: learn the scales of a fake-quantized base (LSQ), as :func:`qat_plugin.prepare`.
         record: where the base came from; by default what :func:`~qat_plugin.qlora.load_base` left with the model.
 
     Returns:
@@ -155,7 +157,7 @@ def prepare(
     guard(model)
     integer = _integer_part(plan)
     if integer.quantized:
-        fake_quantize(model, integer, learn_scales=learn_scales)
+        fake_quantize(model, integer, learn_scales=learn_scales, initial=initial)
     cast_layers(model, plan)
     config = lora_config(model, _again(model, chosen), options)
     inject(model, config, dtype=adapter_dtype)
@@ -163,7 +165,7 @@ def prepare(
         module.requires_grad_(True)
     if learn_scales:
         for name, parameter in model.named_parameters():
-            if name.endswith(".fake_quantizer.scale"):
+            if ".fake_quantizer." in name:
                 parameter.requires_grad_(True)
     if neftune_alpha is not None:
         add_noise(model, neftune_alpha)

@@ -199,6 +199,7 @@ def adapt(config: Config, module: Any) -> nn.Module:
         neftune_alpha=lora.neftune_alpha,
         gradient_checkpointing=lora.gradient_checkpointing,
         learn_scales=config.qat.learn_scales,
+        initial=config.qat.initial,  # type: ignore[arg-type]
         record=getattr(module, "base_record", None),
     )
     placed(module, config)

@@ -16,13 +16,15 @@ import torch
 from torch import nn
 
 from qat_plugin import report as reporting
-from qat_plugin.callbacks import ExactResume, QuantizationAwareTraining
+from qat_plugin.callbacks import ExactResume, QuantizationAwareTraining, QuantizationMonitor
 from qat_plugin.config.schema import Config
+from qat_plugin.errors import ConfigError
 from qat_plugin.policy import Plan
 from qat_plugin.ptq import GptqOptions, calibrate, calibration_of
-from qat_plugin.qat import Phase, load_quantizer_state, prepare, quantizer_state
+from qat_plugin.qat import Phase, load_quantizer_state, low_bit_advice, prepare, quantizer_state
 from qat_plugin.qat.state import observer_in
 from qat_plugin.runs.atomic import replacing
+from qat_plugin.runs.journal import say
 from qat_plugin.runs.rungs import Rungs
 from qat_plugin.runs.subject import casting_inputs, name_prefix, network_of
 from qat_plugin.runs.training import LAST, read_checkpoint
@@ -62,12 +64,36 @@ class Ladder(Rungs):
         self._measure(reporting.FINE_TUNED_PTQ, self._quantized("fine-tuned-ptq", weights))
 
     def _qat(self) -> None:
-        module = self.subject.build_student()
-        self._train(module, "qat", [quantization_aware_training(self.config, self.plan, name_prefix(module))])
+        module = self._student()
+        if advice := low_bit_advice(self.plan):
+            say(f"qat: {advice}")
+        monitors = monitors_of(self.config)
+        callbacks = [quantization_aware_training(self.config, self.plan, name_prefix(module)), *monitors]
+        self._train(module, "qat", callbacks)
+        for monitor in monitors:
+            say(f"qat: {monitor.advice}")
         state = _renamed(quantizer_state(module), name_prefix(module))
         with replacing(self._checkpoints("qat") / _QUANTIZERS) as temporary:
             torch.save(state, temporary)
         self._measure(reporting.QAT, self._prepared())
+
+    def _student(self) -> L.LightningModule:
+        """The module that is trained; its teacher, if any, is the float model or the ladder's fine-tuned one."""
+        distill, module = self.config.distill, self.subject.build_student()
+        if not distill.weight:
+            return module
+        teacher = getattr(getattr(module, "objective", None), "teacher", None)
+        if teacher is None:
+            raise ConfigError(
+                "distill.weight is for language models (model=embedded or transformers): set it to 0 here"
+            )
+        if distill.teacher == "fine-tuned":
+            if "fine-tuned" not in self.config.task.stages:
+                raise ConfigError("distill.teacher=fine-tuned needs 'fine-tuned' among task.stages, which trains it")
+            weights = read_checkpoint(self._checkpoints("fine-tuned") / LAST)["state_dict"]
+            prefix = name_prefix(module)
+            teacher.load_state_dict({name.removeprefix(prefix): value for name, value in weights.items()})
+        return module
 
     def _converted(self) -> None:
         self._convert(self._prepared() if "qat" in self.config.task.stages else self._quantized())
@@ -82,8 +108,9 @@ class Ladder(Rungs):
         """The network of the QAT stage as training ended with it: float weights behind its own scales."""
         network = self._trained("qat")
         state = read_checkpoint(self._checkpoints("qat") / _QUANTIZERS)
-        options: dict[str, Any] = {"learn_scales": self.config.qat.learn_scales, "observer": observer_in(state)}
-        prepare(network, self.plan, phase=Phase.FLOAT, **options)
+        qat, observer = self.config.qat, observer_in(state)
+        learning: dict[str, Any] = {"learn_scales": qat.learn_scales, "learn_zero_points": qat.learn_zero_points}
+        prepare(network, self.plan, phase=Phase.FLOAT, observer=observer, **learning)
         load_quantizer_state(network, state)
         return network
 
@@ -120,8 +147,19 @@ def quantization_aware_training(config: Config, plan: Plan, prefix: str) -> Quan
         freeze=config.qat.freeze,
         learn_scales=config.qat.learn_scales,
         observer=config.qat.observer,
+        learn_zero_points=config.qat.learn_zero_points,
+        initial=config.qat.initial,  # type: ignore[arg-type]
+        scale_learning_rate=config.qat.scale_learning_rate,
         convert=False,
     )
+
+
+def monitors_of(config: Config) -> list[QuantizationMonitor]:
+    """The monitor that a recipe asks for, if any."""
+    every = config.qat.monitor
+    if every is False:
+        return []
+    return [QuantizationMonitor() if every is True else QuantizationMonitor(every)]
 
 
 def _renamed(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -41,7 +41,8 @@ def language_subject(config: Config, allow: tuple[str, ...]) -> Subject:
     data.setup("fit")
     if isinstance(data, InstructionData):
         say(data.summary)
-    distillation = Distillation(config.distill.weight, config.distill.temperature) if config.distill.weight else None
+    distill = config.distill
+    distillation = Distillation(distill.weight, distill.temperature, distill.hidden) if distill.weight else None
 
     def module_of(model: Any, **options: Any) -> L.LightningModule:
         module = CausalLM(model, tokenizer, **optimizer_schedule(config.optimizer), **options)

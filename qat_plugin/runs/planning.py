@@ -78,6 +78,14 @@ def _planned_base(config: Config, network: nn.Module) -> Plan:
             "distill.weight learns from the float model, which a run on an NF4 base does not hold: use it with an "
             "integer policy (policy=int4), or set distill.weight=0"
         )
+    unused = {
+        "qat.scale_learning_rate": config.qat.scale_learning_rate is not None,
+        "qat.learn_zero_points": config.qat.learn_zero_points,
+        "qat.monitor": config.qat.monitor is not False,
+        "distill.teacher=fine-tuned": config.distill.teacher == "fine-tuned",
+    }
+    if named := [key for key, given in unused.items() if given]:
+        raise ConfigError(f"{', '.join(named)}: not for adapters (lora=...), only for training all weights")
     if integer and config.merge.scheme:
         raise ConfigError(
             f"the policy makes this base fake-quantized, and it is converted to the policy's schemes; the recipe's "

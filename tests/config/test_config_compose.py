@@ -18,7 +18,10 @@ from qat_plugin.scheme import EXAMPLES, Scheme
 from .conftest import Compose, jobs_of
 
 NEEDED = {
-    "qat_int4_llama": ("model.path=DIR", "data.train=FILE", "data.valid=FILE"),
+    **dict.fromkeys(
+        ("qat_int4_llama", "qat_int4_lsq", "qat_int3", "qat_int2", "qat_distill"),
+        ("model.path=DIR", "data.train=FILE", "data.valid=FILE"),
+    ),
     **dict.fromkeys(("qlora_7b", "qlora_70b_one_gpu", "qlora_70b_48gb"), ("model.path=DIR", "data.train=FILE")),
 }
 NAMES = sorted(path.stem for path in recipes_folder().glob("*.yaml"))

@@ -160,6 +160,38 @@ def test_a_given_teacher_teaches_in_eval_mode_and_gets_no_gradient(family: str, 
     assert teacher.training
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_hidden_states_are_compared_block_by_block(family: str) -> None:
+    student, teacher = lively(family, **FAMILY_OPTIONS[family]), lively(family, **FAMILY_OPTIONS[family])
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(1.1)
+    own, theirs = (
+        model(input_ids=IDS, use_cache=False, output_hidden_states=True).hidden_states[1:]
+        for model in (student.eval(), teacher.eval())
+    )
+    scored = LABELS != -100
+    scored = torch.cat([scored[:, 1:], torch.zeros_like(scored[:, :1])], 1)  # positions that predict something
+    errors = [
+        (mine[scored].double() - other[scored].double()).square().sum() / other[scored].double().square().sum()
+        for mine, other in zip(own, theirs, strict=True)
+    ]
+    kl = divergence(logits_of(student), logits_of(teacher), 1.0)
+    expected = kl.item() + 3.0 * (sum(errors) / len(errors)).item()
+    loss = Objective(student, distillation=Distillation(1.0, hidden=3.0), teacher=teacher)(BATCH)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    assert sum(errors).item() > 0
+    assert all(torch.isfinite(gradient).all() for gradient in gradients(student, loss).values())
+
+
+def test_hidden_states_of_another_width_are_refused() -> None:
+    student, teacher = lively("llama"), lively("llama", num_hidden_layers=3)
+    with pytest.raises(ConfigError, match=r"the student has 2 of width \d+, the teacher 3"):
+        Objective(student, distillation=Distillation(1.0, hidden=1.0), teacher=teacher)(BATCH)
+    with pytest.raises(ConfigError, match=r"distill\.hidden=-1\.0 is not allowed"):
+        Distillation(1.0, hidden=-1.0)
+
+
 @pytest.mark.parametrize("families", [("llama", "gemma2"), ("gemma2", "llama")])
 def test_student_and_teacher_each_transform_their_own_logits(families: tuple[str, str]) -> None:
     student, teacher = (lively(family, **FAMILY_OPTIONS[family]) for family in families)

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from qat_plugin.learned import fake_quantize_learned, learned_scale
 from qat_plugin.numerics import (
     choose_qparams,
     fake_cast,
     fake_quantize,
     fake_quantize_activation,
-    fake_quantize_learned,
-    learned_scale,
 )
 from qat_plugin.scheme import Scheme
 

@@ -9,14 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qat_plugin.learned import fake_quantize_learned, learned_scale
 from qat_plugin.numerics import (
     Quantized,
     activation_scale,
     choose_qparams,
     fake_quantize,
     fake_quantize_activation,
-    fake_quantize_learned,
-    learned_scale,
     quantize,
     quantize_activation,
     round_scale,

@@ -64,7 +64,7 @@ def test_freezing_does_not_alias_a_learned_scale() -> None:
     set_phase(model, Phase.FROZEN)
     frozen = model.up.fake_quantizer.qparams(model.up.weight)[0].clone()
     with torch.no_grad():
-        model.up.fake_quantizer.scale.mul_(2.0)
+        model.up.fake_quantizer.grid.relative_scale.mul_(2.0)
     assert torch.equal(model.up.fake_quantizer.qparams(model.up.weight)[0], frozen)
 
 

@@ -130,10 +130,10 @@ def test_tied_weights_stay_one_parameter_through_everything() -> None:
     prepare(model, {"embedding": "w4a16-g32", "default": "w4a16-g32"}, learn_scales=True)
     embed, head = model.model.embed_tokens, model.lm_head
     assert embed.weight is head.weight
-    assert embed.fake_quantizer.scale is head.fake_quantizer.scale
+    assert embed.fake_quantizer.grid.relative_scale is head.fake_quantizer.grid.relative_scale
     twin = copy.deepcopy(model)
     assert twin.lm_head.weight is twin.model.embed_tokens.weight
-    assert twin.lm_head.fake_quantizer.scale is twin.model.embed_tokens.fake_quantizer.scale
+    assert twin.lm_head.fake_quantizer.grid.relative_scale is twin.model.embed_tokens.fake_quantizer.grid.relative_scale
     model.to(torch.float64).to(torch.bfloat16)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     unprepare(model)
@@ -170,10 +170,10 @@ def test_dtypes_are_kept_and_scales_are_not_narrowed() -> None:
     model.train()(batch("mlp"))
     model.to(torch.bfloat16)
     assert model.up.weight.dtype == torch.bfloat16
-    assert model.up.fake_quantizer.scale.dtype == torch.float32
+    assert model.up.fake_quantizer.grid.relative_scale.dtype == torch.float32
     assert model.up.fake_quantizer.observer.absmax.dtype == torch.float32
     model.half()
-    assert model.up.fake_quantizer.scale.dtype == torch.float32
+    assert model.up.fake_quantizer.grid.relative_scale.dtype == torch.float32
 
 
 @pytest.mark.parametrize("phase", list(Phase))

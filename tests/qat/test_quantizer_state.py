@@ -67,7 +67,7 @@ def test_it_holds_primitives_and_tensors_that_do_not_alias_the_model() -> None:
     check(state)
     before = state["layers"]["up"]["scale"].clone()
     with torch.no_grad():
-        model.up.fake_quantizer.scale.add_(1.0)
+        model.up.fake_quantizer.grid.relative_scale.add_(1.0)
     assert torch.equal(state["layers"]["up"]["scale"], before)
     load_quantizer_state(model, state)
     model.up.fake_quantizer.frozen_scale.add_(1.0)
@@ -77,18 +77,25 @@ def test_it_holds_primitives_and_tensors_that_do_not_alias_the_model() -> None:
 def test_tied_learned_scales_come_back_tied() -> None:
     model, fresh = (prepare(llama(), {"embedding": "w4a16-g32"}, learn_scales=True) for _ in range(2))
     with torch.no_grad():
-        model.lm_head.fake_quantizer.scale.mul_(1.5)
+        model.lm_head.fake_quantizer.grid.relative_scale.mul_(1.5)
     load_quantizer_state(fresh, quantizer_state(model))
-    assert fresh.lm_head.fake_quantizer.scale is fresh.model.embed_tokens.fake_quantizer.scale
-    assert torch.equal(fresh.lm_head.fake_quantizer.scale, model.lm_head.fake_quantizer.scale)
+    assert (
+        fresh.lm_head.fake_quantizer.grid.relative_scale is fresh.model.embed_tokens.fake_quantizer.grid.relative_scale
+    )
+    assert torch.equal(
+        fresh.lm_head.fake_quantizer.grid.relative_scale, model.lm_head.fake_quantizer.grid.relative_scale
+    )
 
 
 def test_loading_keeps_the_parameter_objects_of_an_optimizer() -> None:
     model = prepare(MLP(), "w4a16-g32", learn_scales=True)
-    state, scale = quantizer_state(prepare(MLP(), "w4a16-g32", learn_scales=True)), model.up.fake_quantizer.scale
+    state, scale = (
+        quantizer_state(prepare(MLP(), "w4a16-g32", learn_scales=True)),
+        model.up.fake_quantizer.grid.relative_scale,
+    )
     load_quantizer_state(model, state)
-    assert model.up.fake_quantizer.scale is scale
-    assert torch.equal(scale, state["layers"]["up"]["scale"])
+    assert model.up.fake_quantizer.grid.relative_scale is scale
+    assert torch.equal(scale, state["layers"]["up"]["relative_scale"])
 
 
 Damage = Callable[[dict[str, Any]], Any]

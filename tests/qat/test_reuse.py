@@ -84,7 +84,9 @@ def test_learned_scales_and_looked_up_rows_are_quantized_at_every_pass() -> None
     with reusing_weights(model) as reuse:
         model(x).sum().backward()
         assert reuse.quantized == 0
-        assert all(layer.fake_quantizer.scale.grad is not None for layer in prepared_layers(model).values())
+        assert all(
+            layer.fake_quantizer.grid.relative_scale.grad is not None for layer in prepared_layers(model).values()
+        )
     embedding = prepare(nn.Sequential(nn.Embedding(8, 32)), {"embedding": "w4a16-g32"})
     with reusing_weights(embedding) as reuse:
         for ids in (torch.tensor([1, 2]), torch.tensor([3, 4])):

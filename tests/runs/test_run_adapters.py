@@ -110,6 +110,18 @@ def test_qat_and_lora_convert_to_exactly_what_was_trained(qat: Qat) -> None:
     assert {layer["weight_difference"] for layer in read_report(Path("here", "report.json")).proof} == {0.0}
 
 
+def test_what_only_training_all_weights_can_do_is_refused(qat: Qat) -> None:
+    given = ("qat=learned_scales", "qat.monitor=true", "distill.weight=1", "distill.teacher=fine-tuned")
+    done = qat(*tiny("qat_lora_tiny", *given))
+    assert done.code == 2
+    assert "qat.monitor, distill.teacher=fine-tuned: not for adapters" in done.err
+
+
+def test_adapters_learn_the_scales_of_their_base(qat: Qat) -> None:
+    assert qat(*tiny("qat_lora_tiny", "qat=learned_scales", "task.stages=[float,qlora,merged,converted]")).code == 0
+    assert rows()["converted"].loss == pytest.approx(rows()["merged"].loss, abs=1e-6)
+
+
 def test_distillation_from_the_float_base_is_one_key(qat: Qat) -> None:
     assert qat(*tiny("qat_lora_tiny", "task.stages=[float,base,qlora]")).code == 0
     plain = load_file(ADAPTER)

@@ -151,7 +151,7 @@ def test_ptq_alone(qat: Qat, mine: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("keys", [
     ["policy=free", "policy.default=w8a8-static"],
-    ["qat=learned_scales"],
+    ["qat=learned_scales", "qat.scale_learning_rate=0.01", "qat.monitor=2", "policy.default=w3a16-g16-asym"],
     ["qat=delayed", "trainer.accumulate=2"],
     ["trainer.precision=bf16-true", "policy=int4_a8"],
     ["trainer.precision=bf16-mixed"],

@@ -36,6 +36,7 @@ QUICK_IMAGES = (
     "trainer.max_steps=2", "trainer.threads=1", "data.batch_size=16", "data.eval_batch_size=3", "model.width=4",
     "model.steps=4", "measure.latency_rounds=1",
 )  # fmt: skip
+FROM_A_DIRECTORY = ("qat_int4_llama", "qat_int4_lsq", "qat_int3", "qat_int2", "qat_distill")
 LARGE = ("qlora_7b", "qlora_70b_one_gpu", "qlora_70b_48gb")
 TRAINED = {"mixed_auto": "PTQ", "qlora_tiny": "merged, w4a16-g32", "qat_lora_tiny": "QAT + LoRA"}
 RECIPES = sorted(path.stem for path in recipes_folder().glob("*.yaml"))
@@ -66,7 +67,7 @@ def small_model() -> list[str]:
 def arguments(name: str, text: tuple[Path, Path]) -> list[str]:
     if name in IMAGES:
         return [*QUICK_IMAGES]
-    if name == "qat_int4_llama":
+    if name in FROM_A_DIRECTORY:
         folder = embedded_lm(recipe=embedded_recipe(SMALL), progress=False)
         return [f"model.path={folder}", f"data.train={text[0]}", f"data.valid={text[1]}"]
     if name in LARGE:
