@@ -24,6 +24,7 @@ STAGES: Final = (
 )  # fmt: skip
 PRECISIONS: Final = ("32-true", "bf16-mixed", "bf16-true")
 PTQ_METHODS: Final = ("rtn", "mse", "hqq", "gptq", "awq", "awq-gptq", "smoothquant")
+LADDER: Final = "ladder"  # rtn, mse, awq, gptq, then mixed schemes: the first that is good enough
 _OBSERVERS: Final = ", ".join(KINDS)
 _METHODS: Final = ", ".join(PTQ_METHODS)
 
@@ -130,7 +131,7 @@ class QatConfig:
 class PtqConfig:
     """Quantization without training."""
 
-    method: str = option("rtn", f"how weights become integers: {_METHODS}")
+    method: str = option("rtn", f"how weights become integers: {_METHODS}; or ladder, which climbs to max_drop")
     calibration_batches: int = option(8, "training batches that inputs and static activations are looked at on")
     observer: str = option(DEFAULT_FOR_CALIBRATION, f"what static activation scales are found by: {_OBSERVERS}")
     damping: float = option(0.1, "gptq: share of the mean second moment added to its diagonal")
@@ -139,7 +140,7 @@ class PtqConfig:
     correct: float = option(0.5, "gptq: share of the way towards the float model's outputs; 0 is the paper's algorithm")
 
     def __post_init__(self) -> None:
-        check_choice("ptq.method", self.method, PTQ_METHODS)
+        check_choice("ptq.method", self.method, (*PTQ_METHODS, LADDER))
         check_at_least("ptq.calibration_batches", self.calibration_batches, 1)
         ObserverSpec.parse(self.observer, "ptq.observer")
         check_above("ptq.damping", self.damping, 0)
@@ -323,7 +324,8 @@ class Config:
         metadata=help_text("policy=auto: 40% of the float file, 4.6bpw of the layers chosen for, or 25MB in all"),
     )
     max_drop: Any = field(
-        default=None, metadata=help_text("policy=auto, in place of budget: KL in nats (0.02), or perplexity (1%)")
+        default=None,
+        metadata=help_text("policy=auto and ptq=ladder: KL to the float model in nats (0.02), or perplexity (1%)"),
     )
     qat: QatConfig = field(default_factory=QatConfig, metadata=help_text("quantization-aware training"))
     distill: DistillConfig = field(default_factory=DistillConfig, metadata=help_text("learning from the float model"))
@@ -343,10 +345,19 @@ class Config:
 
     def __post_init__(self) -> None:
         given = [key for key in ("budget", "max_drop") if getattr(self, key) is not None]
-        if given and not self.policy.auto.enabled:
+        climbs = self.ptq.method == LADDER
+        if given and not self.policy.auto.enabled and not (climbs and given == ["max_drop"]):
             raise ConfigError(f"{given[0]}={getattr(self, given[0])} is for policy=auto, which spends it")
         if len(given) == 2:
             raise ConfigError("budget and max_drop exclude each other: give one")
+        if climbs and self.max_drop is None:
+            raise ConfigError(
+                "ptq.method=ladder needs to know when to stop: max_drop=1% (of perplexity) or max_drop=0.02 (KL, nats)"
+            )
+        if climbs and (self.task.name != "ptq" or self.policy.auto.enabled):
+            raise ConfigError(
+                "ptq.method=ladder is for task=ptq with a policy of its own; its last rung is policy=auto"
+            )
 
 
 def keys_with_help(section: type = Config, prefix: str = "") -> Iterator[tuple[str, str, str]]:

@@ -15,7 +15,7 @@ from qat_plugin import qlora
 from qat_plugin import report as reporting
 from qat_plugin.config.catalogue import recipes
 from qat_plugin.config.launch import Job
-from qat_plugin.config.schema import Config
+from qat_plugin.config.schema import LADDER, Config
 from qat_plugin.config.typed import option_of
 from qat_plugin.conversion import load_converted
 from qat_plugin.errors import ConfigError, QatError
@@ -37,6 +37,7 @@ from qat_plugin.runs.ladder import Ladder
 from qat_plugin.runs.language_model import language_subject
 from qat_plugin.runs.merging import merge_run
 from qat_plugin.runs.planning import beyond_positions, planned
+from qat_plugin.runs.ptq_ladder import PtqLadder
 from qat_plugin.runs.skeleton import planned_shape, skeleton_of
 from qat_plugin.runs.subject import Subject, network_of
 from qat_plugin.runs.training import accelerator_of
@@ -204,7 +205,7 @@ def _climbed(job: Job, plan: Plan, folder: RunFolder, interruptions: Interruptio
     say(f"{agreed.summary()}\n")
     earlier = folder.path / _REPORT
     report = reporting.read_report(earlier) if folder.continued and earlier.is_file() else _begun(job, folder, agreed)
-    ladder = AdapterLadder if adapters else Ladder
+    ladder = AdapterLadder if adapters else PtqLadder if config.ptq.method == LADDER else Ladder
     return ladder(config, subject, agreed, folder, interruptions, report).climb()
 
 

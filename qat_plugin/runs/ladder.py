@@ -114,25 +114,33 @@ class Ladder(Rungs):
         load_quantizer_state(network, state)
         return network
 
-    def _quantized(self, stage: str = "ptq", weights: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
-        """A network with these weights (its first ones by default), quantized by the recipe's method without training.
+    def _quantized(
+        self,
+        stage: str = "ptq",
+        weights: Mapping[str, torch.Tensor] | None = None,
+        *,
+        method: str | None = None,
+        plan: Plan | None = None,
+    ) -> nn.Module:
+        """A network with these weights (its first ones by default), quantized without training.
 
-        Finished blocks are kept in the run's folder: a stopped run goes on there, and converting reads them.
+        By the recipe's method and plan unless others are given. Finished blocks are kept in the run's folder: a stopped
+        run goes on there, and converting reads them.
         """
         module, ptq = self.subject.build(), self.config.ptq
         if weights is not None:
             module.load_state_dict(weights)
-        network = network_of(module).eval()
+        network, chosen = network_of(module).eval(), method or ptq.method
         L.seed_everything(self.config.trainer.seed, workers=True, verbose=False)  # the same batches each time
         with casting_inputs(network):
             return calibrate(
                 network,
-                self.plan,
+                plan or self.plan,
                 self.subject.training_batches(ptq.calibration_batches),
-                method=ptq.method,
+                method=chosen,
                 observer=ptq.observer,
                 gptq=GptqOptions(ptq.damping, ptq.correct, ptq.act_order, sweeps=ptq.sweeps),
-                resume=None if ptq.method == "rtn" else self.folder.path / "calibration" / stage,
+                resume=None if chosen == "rtn" else self.folder.path / "calibration" / stage,
             )
 
 

@@ -31,6 +31,7 @@ from qat_plugin.runs.choosing import choices_in
 from qat_plugin.runs.skeleton import skeleton_of
 from qat_plugin.runs.training import accelerator_of
 from qat_plugin.scheme import Scheme
+from qat_plugin.sensitivity import MaxDrop
 
 
 def planned(job: Job) -> Plan:
@@ -63,6 +64,8 @@ def planned(job: Job) -> Plan:
         Schedule(config.qat.start, config.qat.freeze).resolve(config.trainer.max_steps)
     if config.policy.auto.enabled or config.task.name == "sensitivity":
         return next(iter(choices_in(config, skeleton_of(config, job.allow)).plans.values()))
+    if config.max_drop is not None:
+        MaxDrop.parse(config.max_drop)
     policy = policy_of(config.policy)
     return policy.plan(skeleton_of(config, job.allow), device=device)
 

@@ -92,7 +92,7 @@ def test_learned_scales_and_reused_weights() -> None:
     x = image(layer)
     model = calibrated(layer, x, learn_scales=True)
     model(x).square().sum().backward()
-    assert quantizers(model)["0"].scale.grad.shape == (8, 1)
+    assert quantizers(model)["0"].grid.relative_scale.grad.shape == (8, 1)
     other = calibrated(nn.Conv2d(6, 8, 3), x).eval()
     expected = other(x)
     with reusing_weights(other) as reuse:

@@ -210,7 +210,7 @@ def test_learned_scales_start_from_the_folded_weight() -> None:
     model = prepare(residual(), "w8a8-static", learn_scales=True)
     quantizer = quantizers(model)["block.conv1"]
     expected = model.block.conv1.weight.flatten(1).abs().amax(1, keepdim=True) / 127
-    torch.testing.assert_close(quantizer.scale, expected, rtol=2**-8, atol=0)
+    torch.testing.assert_close(quantizer.qparams(model.block.conv1.weight)[0], expected, rtol=2**-8, atol=0)
 
 
 def test_a_conversion_that_fails_takes_the_fold_back_to_the_bit() -> None:
