@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,11 @@ def add_model_options(parser: argparse.ArgumentParser, **changed: int) -> None:
 def write_json(options: argparse.Namespace, **found: Any) -> None:
     """What a benchmark found, beside its settings and versions, where ``--json`` says."""
     if options.json:
-        settings = {name: value for name, value in vars(options).items() if name != "json"}
+        settings = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(options).items()
+            if name != "json"
+        }
         record = {"settings": settings, "torch": torch.__version__, "native": str(native.native()), **found}
         options.json.write_text(json.dumps(record, indent=1) + "\n")
 
