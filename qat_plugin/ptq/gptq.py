@@ -19,6 +19,7 @@ from qat_plugin.errors import ConfigError, QatError
 from qat_plugin.grid_search import search_scales
 from qat_plugin.learned import learned_scale
 from qat_plugin.numerics import Quantized, choose_qparams, round_to_nearest
+from qat_plugin.ptq.output_error import row_errors
 from qat_plugin.ptq.statistics import InputStatistics
 from qat_plugin.scheme import Scheme
 
@@ -109,24 +110,11 @@ def aim(weight: Tensor, statistics: InputStatistics, share: float = 1.0) -> Tens
     return moved
 
 
-def output_error(weight: Tensor, quantized: Quantized, moment: Tensor) -> Tensor:
-    """Mean squared output error of each row, ``diag(E H E^T)``: float32 [out_features].
-
-    Args:
-        weight: [out_features, in_features].
-        quantized: its integers.
-        moment: mean of x x^T, [in_features, in_features].
-    """
-    error = quantized.dequantize() - weight.to(torch.float32)
-    squares: Tensor = ((error @ moment) * error).sum(-1)
-    return squares
-
-
 def _better_rows(weight: Tensor, moment: Tensor, found: Quantized, plain: Quantized) -> Quantized:
+    mine, nearest = (row_errors(quantized.dequantize() - weight, moment) for quantized in (found, plain))
     if found.scheme.per_tensor:
-        worse = output_error(weight, found, moment).sum() > output_error(weight, plain, moment).sum()
-        return plain if bool(worse) else found
-    worse = (output_error(weight, found, moment) > output_error(weight, plain, moment)).unsqueeze(-1)
+        return plain if bool(mine.sum() > nearest.sum()) else found
+    worse = (mine > nearest).unsqueeze(-1)
     zero_point = found.zero_point
     if zero_point is not None and plain.zero_point is not None:
         zero_point = torch.where(worse, plain.zero_point, zero_point)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from qat_plugin.numerics import Quantized, round_to_nearest
-from qat_plugin.ptq.gptq import GptqOptions, aim, output_error
+from qat_plugin.ptq.gptq import GptqOptions, aim
 from qat_plugin.ptq.methods import Method, rounded
+from qat_plugin.ptq.output_error import output_error
 from qat_plugin.ptq.results import LayerResult
 from qat_plugin.ptq.statistics import InputStatistics
 from qat_plugin.qat import LayerQuantizer, Phase, hold
@@ -76,9 +77,9 @@ class Rounder:
         moment, wanted = statistics.second_moment / statistics.rows, rows.to(torch.float32)
         if self._method.rounding == "gptq":
             wanted = aim(rows, statistics, self._options.correct)
-        energy = float(((wanted @ moment) * wanted).sum()) or 1.0
+        energy = output_error(wanted, moment) or 1.0
         nearest = round_to_nearest(rows, found.scheme)
-        before, after = (float(output_error(wanted, q, moment).sum()) / energy for q in (nearest, found))
+        before, after = (output_error(q.dequantize() - wanted, moment) / energy for q in (nearest, found))
         return before, after
 
 

@@ -16,6 +16,12 @@ from qat_plugin.scheme import Scheme
 Rounding = Callable[[Tensor, Scheme], Quantized]
 
 
+def row_errors(difference: Tensor, second_moment: Tensor) -> Tensor:
+    """``diag(D H D^T)``, the squared error of each output, float32 [out_features]; see :func:`output_error`."""
+    squares: Tensor = ((difference @ second_moment) * difference).sum(-1)
+    return squares
+
+
 def output_error(difference: Tensor, second_moment: Tensor) -> float:
     """Sum over all calibration rows x of ``|difference x|^2``, exactly: ``tr(D H D^T)`` with ``H = sum x x^T``.
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from qat_plugin.errors import ConfigError, QatError
 from qat_plugin.numerics import choose_qparams, round_to_nearest
 from qat_plugin.ptq import GptqOptions, InputStatistics, gptq
-from qat_plugin.ptq.gptq import aim, inverse_factor, output_error
+from qat_plugin.ptq.gptq import aim, inverse_factor
+from qat_plugin.ptq.output_error import output_error
 from qat_plugin.scheme import Scheme
 
 PAPER = {"clip": False, "sweeps": 0, "correct": 0.0}
@@ -91,7 +92,7 @@ def test_search_and_sweeps_each_lower_the_error(spelling: str) -> None:
         GptqOptions(correct=0.0, sweeps=1),
         GptqOptions(correct=0.0, sweeps=8),
     ]
-    errors = [float(output_error(weight, gptq(weight, seen(x), scheme, o), moment).sum()) for o in steps]
+    errors = [output_error(gptq(weight, seen(x), scheme, o).dequantize() - weight, moment) for o in steps]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.9 * errors[0]
 
