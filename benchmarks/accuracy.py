@@ -57,7 +57,7 @@ def options() -> argparse.Namespace:
     args = parser.parse_args()
     if args.quick:
         args.bits, args.seeds, args.budgets = [4, 3], args.seeds[:1], args.budgets[:1]
-    args.rates = {"4": 3e-4, "3": 5e-4, "2": 1.5e-3, **args.rates}
+    args.rates = {"4": 3e-4, "3": 3e-4, "2": 1.5e-3, **args.rates}
     return args
 
 

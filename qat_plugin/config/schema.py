@@ -354,9 +354,11 @@ class Config:
             raise ConfigError(
                 "ptq.method=ladder needs to know when to stop: max_drop=1% (of perplexity) or max_drop=0.02 (KL, nats)"
             )
-        if climbs and (self.task.name != "ptq" or self.policy.auto.enabled):
+        stages = self.task.stages
+        if climbs and (self.policy.auto.enabled or "qat" in stages or (stages and "float" not in stages)):
             raise ConfigError(
-                "ptq.method=ladder is for task=ptq with a policy of its own; its last rung is policy=auto"
+                "ptq.method=ladder is for task=ptq, with the float stage to compare with and without policy=auto, which "
+                "is its last rung"
             )
 
 
