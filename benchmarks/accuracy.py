@@ -51,12 +51,13 @@ def options() -> argparse.Namespace:
     parser.add_argument("--rules", type=json.loads, default={}, help='group sizes, as {"*.down_proj": 43}')
     parser.add_argument("--group", type=int, default=32)
     parser.add_argument("--budgets", nargs="*", default=["4.6bpw", "5.6bpw"])
+    parser.add_argument("--measurements", type=int, default=72, help="whole policies measured for a budget")
     parser.add_argument("--no-training", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.quick:
-        args.bits, args.seeds, args.budgets = [4, 3], args.seeds[:1], args.budgets[:1]
+        args.bits, args.seeds, args.budgets, args.measurements = [4, 3], args.seeds[:1], args.budgets[:1], 24
     args.rates = {"4": 3e-4, "3": 3e-4, "2": 1.5e-3, **args.rates}
     return args
 
@@ -115,7 +116,7 @@ class Bench:
             started = time.monotonic()
             chosen = auto_policy(
                 copy.deepcopy(self.model), self.calibration, budget=budget, method="gradient", quantize="gptq",
-                measurements=72, progress=False,
+                measurements=args.measurements, progress=False,
             )  # fmt: skip
             row = self.quantized(self.model, chosen.policy, "gptq")
             row["seconds"] = time.monotonic() - started

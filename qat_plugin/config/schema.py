@@ -357,8 +357,8 @@ class Config:
         stages = self.task.stages
         if climbs and (self.policy.auto.enabled or "qat" in stages or (stages and "float" not in stages)):
             raise ConfigError(
-                "ptq.method=ladder is for task=ptq, with the float stage to compare with and without policy=auto, which "
-                "is its last rung"
+                "ptq.method=ladder is for task=ptq, with the float stage to compare with, and without policy=auto, "
+                "which is its last rung"
             )
 
 
