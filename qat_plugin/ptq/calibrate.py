@@ -15,7 +15,7 @@ from qat_plugin.measure.evaluating import evaluating
 from qat_plugin.measure.progress import Progress, progressing
 from qat_plugin.observers.spelling import DEFAULT_FOR_CALIBRATION
 from qat_plugin.policy import Plan, PolicyLike
-from qat_plugin.ptq.feeding import feed
+from qat_plugin.ptq.feeding import feed, without_caches
 from qat_plugin.ptq.gptq import GptqOptions
 from qat_plugin.ptq.methods import method_named
 from qat_plugin.ptq.results import Calibration, remember
@@ -31,6 +31,7 @@ from qat_plugin.qat import (
     observing,
     plan_of,
     prepare,
+    quantizers,
     set_phase,
     synchronize_observers,
     unprepare,
@@ -94,6 +95,7 @@ def calibrate(
         prepare(model, plan, observer=observer or DEFAULT_FOR_CALIBRATION)  # type: ignore[arg-type]
     elif observer is not None:
         observe_with(model, observer)
+    before = [] if fresh else [(q, q.phase, q.frozen_scale, q.frozen_zero_point) for q in quantizers(model).values()]
     fold_norms(model)
     settings = {"method": method, "gptq": options, "observer": observer, "plan": plan_of(model).without_kernels()}
     walker = Walker(model, data, chosen, options, None if offload is None else torch.device(offload))
@@ -101,7 +103,7 @@ def calibrate(
         if not data and (chosen.looks or observing(model)):
             raise DataError("there is no calibration data: the batches are empty; give at least one")
         set_phase(model, Phase.FLOAT)
-        with evaluating(model):
+        with evaluating(model), without_caches(model):
             walker.store = open_store(resume, model, data, settings)
             walker.told = teller(method, progress)
             if observing(model) and not chosen.looks:
@@ -109,13 +111,14 @@ def calibrate(
             results = walker.walk()
         check_observed(model)
     except BaseException:
-        partly = bool(walker.results) and chosen.looks
-        if partly:
+        if walker.touched:
             warnings.warn(f"{type(model).__name__} is partly quantized: load its weights anew", stacklevel=2)
         if fresh:
             unprepare(model)
-        if unfolded is not None and not partly:
+        if unfolded is not None and not walker.touched:
             unfolded.restore()
+        for quantizer, phase, scale, zero_point in before:
+            quantizer.phase, quantizer.frozen_scale, quantizer.frozen_zero_point = phase, scale, zero_point
         raise
     set_phase(model, Phase.FROZEN)
     remember(model, Calibration(method, results))

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from qat_plugin.ptq.feeding import feed
 from qat_plugin.qat.layers import FakeQuantized
@@ -30,14 +32,14 @@ class Chain:
 
     def block_name(self, index: int) -> str:
         """``model.layers.3``."""
-        return f"{self.name}.{index}"
+        return f"{self.name}.{index}".removeprefix(".")
 
 
 def find_chains(model: nn.Module) -> list[Chain]:
     """The outermost containers whose members, two at least and all of one class, hold prepared layers."""
     chains: list[Chain] = []
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{chain.name}.") for chain in chains)
+        inside = any(not chain.name or name.startswith(f"{chain.name}.") for chain in chains)
         if inside or not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) < 2:
             continue
         members = tuple(module)
@@ -76,9 +78,10 @@ class ChainInputs:
 class _Recorder:
     """Hooks that take down how the blocks of a chain are called in one forward pass."""
 
-    def __init__(self, chain: Chain, inputs: ChainInputs) -> None:
-        self.chain, self.inputs = chain, inputs
+    def __init__(self, chain: Chain, inputs: ChainInputs, keep_on: torch.device | None, to_the_end: bool) -> None:
+        self.chain, self.inputs, self.keep_on, self.to_the_end = chain, inputs, keep_on, to_the_end
         self.next, self.last, self.broken = 0, None, ""
+        self.outputs: list[Tensor] = []
 
     def before(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         slot, hidden = _hidden(args, kwargs)
@@ -86,36 +89,54 @@ class _Recorder:
             self.broken = f"{self.chain.block_name(index)} is called out of order or without a tensor"
         elif index and hidden is not self.last:
             self.broken = f"{self.chain.block_name(index)} does not take what the block before it returns"
+        rest = (args[1:], dict(kwargs)) if isinstance(slot, int) else (args, _without(kwargs, slot))
+        others = tree_leaves(rest)
+        if any(hasattr(value, "get_seq_length") for value in others):
+            self.broken = f"{self.chain.block_name(index)} is called with a cache"
+        if any(value is output for value in others for output in self.outputs):
+            self.broken = f"{self.chain.block_name(index)} takes more than one tensor from the block before it"
         if self.broken or hidden is None:
             raise Enough
         if index == 0:
-            self.inputs.hidden.append(hidden.detach().clone())
+            held = hidden.detach().clone()
+            self.inputs.hidden.append(held if self.keep_on is None else held.to(self.keep_on))
             self.inputs.slot = slot
-        rest = (args[1:], dict(kwargs)) if isinstance(slot, int) else (args, _without(kwargs, slot))
         self.inputs.rest[index].append(rest)
 
     def after(self, index: int, output: Any) -> None:
         self.last, self.next = first_output(output), index + 1
-        if self.next == len(self.chain.blocks):
+        self.outputs = [value for value in tree_leaves(output) if isinstance(value, Tensor) and value is not self.last]
+        if self.next == len(self.chain.blocks) and not self.to_the_end:
             raise Enough
 
 
-def record(model: nn.Module, chain: Chain, batches: Sequence[Any]) -> ChainInputs | str:
+def record(
+    model: nn.Module, chain: Chain, batches: Sequence[Any], keep_on: torch.device | None = None
+) -> ChainInputs | str:
     """Run the model up to the chain's end on each batch, and take down its blocks' inputs.
+
+    The first batch goes through the whole model, to see whether the chain is run once.
+
+    Args:
+        model: the model.
+        chain: of its blocks.
+        batches: the calibration data.
+        keep_on: where hidden states wait; ``None`` for where they are.
 
     Returns:
         The inputs, or why the blocks are no chain.
     """
     inputs = ChainInputs(rest=[[] for _ in chain.blocks])
-    for batch in batches:
-        recorder = _Recorder(chain, inputs)
+    for index, batch in enumerate(batches):
+        recorder = _Recorder(chain, inputs, keep_on, to_the_end=index == 0)
         handles = []
         for i, block in enumerate(chain.blocks):
             handles.append(block.register_forward_pre_hook(_before(recorder, i), with_kwargs=True, prepend=True))
             handles.append(block.register_forward_hook(_after(recorder, i)))
         try:
             feed(model, batch)
-            return f"a batch does not reach the end of {chain.name}"
+            if recorder.next != len(chain.blocks):
+                return f"a batch does not reach the end of {chain.name}"
         except Enough:
             if recorder.broken:
                 return recorder.broken

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,7 +45,22 @@ def arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, 
         raise DataError(
             f"a calibration batch is a tensor, (inputs, targets) or a mapping of inputs, not {type(batch).__name__}"
         )
-    return (_moved(batch, device),), {}
+    takes_cache = "use_cache" in inspect.signature(model.forward).parameters
+    return (_moved(batch, device),), {"use_cache": False} if takes_cache else {}
+
+
+@contextmanager
+def without_caches(model: nn.Module) -> Iterator[None]:
+    """Inside, no transformers model in ``model`` keeps keys and values: a block that is run twice must not see them."""
+    configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
+    before = [(config, config.use_cache) for config in configs.values() if getattr(config, "use_cache", False) is True]
+    for config, _ in before:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, value in before:
+            config.use_cache = value
 
 
 def _known(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

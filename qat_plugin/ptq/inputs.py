@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from qat_plugin.errors import DataError
+from qat_plugin.numerics import divided_input, fake_quantize_activation
 from qat_plugin.observers.distributed import synchronize
 from qat_plugin.ptq.chains import Enough
 from qat_plugin.ptq.statistics import InputStatistics
 from qat_plugin.qat import LayerQuantizer, Phase
-from qat_plugin.qat.layers import ATTRIBUTE, first_tensor
+from qat_plugin.qat.layers import ATTRIBUTE, current_weight, first_tensor
 
 Run = Callable[[int], Any]
 """Runs a part of a model on the inputs of one batch, given its index."""
@@ -23,45 +24,67 @@ Run = Callable[[int], Any]
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that take the same tensor.
+    """Layers that take the same tensors.
 
     Attributes:
-        layers: plan name -> layer, in the order of their calls.
-        calls: how often the first of them is called in one pass (layers may be shared).
+        layers: plan name -> layer, in the order of their first calls.
+        calls: how often each is called in one pass (layers may be shared).
     """
 
     layers: Mapping[str, nn.Module]
     calls: int
 
     @property
-    def first(self) -> nn.Module:
-        """The layer whose input is looked at."""
-        return next(iter(self.layers.values()))
+    def leader(self) -> nn.Module:
+        """The layer whose input is looked at: the first that multiplies by integers, if there is one."""
+        members = list(self.layers.values())
+        return next((layer for layer in members if looks_at_inputs(layer)), members[0])
 
 
-def input_groups(layers: Mapping[str, nn.Module], run: Run) -> list[Group]:
-    """Groups of layers by the tensor they take, in the order of first use, from one pass on batch 0.
+def looks_at_inputs(layer: nn.Module) -> bool:
+    """Whether a layer's integers depend on its inputs: it multiplies their rows, as they are, by an integer weight."""
+    quantizer: LayerQuantizer = getattr(layer, ATTRIBUTE)
+    return quantizer.scheme.is_integer and not isinstance(layer, nn.Embedding) and current_weight(layer).dim() == 2
 
-    Layers that are not called in it are in no group.
+
+def input_groups(layers: Mapping[str, nn.Module], run: Run, batches: int) -> list[Group]:
+    """Groups of layers by the tensors they take in one pass, in the order of first use.
+
+    Batch 0 tells; layers that it does not reach (experts) are looked for in the others. Those that none reaches are in
+    no group.
     """
     names = {id(layer): name for name, layer in layers.items()}
-    seen: list[tuple[Tensor, dict[str, nn.Module]]] = []
-    calls: dict[int, int] = {}
+    groups: list[Group] = []
+    missing = dict(layers)
+    for batch in range(batches):
+        taken: dict[str, list[Tensor]] = {}
 
-    def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = first_tensor(args, kwargs)
-        calls[id(layer)] = calls.get(id(layer), 0) + 1
-        if x is None or calls[id(layer)] > 1:
-            return
-        for taken, members in seen:
-            if taken is x:
-                members[names[id(layer)]] = layer
-                return
-        seen.append((x, {names[id(layer)]: layer}))
+        def look(
+            layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], taken: dict[str, list[Tensor]] = taken
+        ) -> None:
+            x = first_tensor(args, kwargs)
+            if x is not None:
+                taken.setdefault(names[id(layer)], []).append(x)
 
-    with _hooked(layers.values(), look):
-        run(0)
-    return [Group(members, calls[id(next(iter(members.values())))]) for _, members in seen]
+        with _hooked(missing.values(), look):
+            run(batch)
+        groups += _same_inputs(taken, layers)
+        missing = {name: layer for name, layer in missing.items() if name not in taken}
+        if not missing:
+            break
+    return groups
+
+
+def _same_inputs(taken: Mapping[str, list[Tensor]], layers: Mapping[str, nn.Module]) -> list[Group]:
+    found: list[tuple[list[Tensor], dict[str, nn.Module]]] = []
+    for name, tensors in taken.items():
+        for others, members in found:
+            if len(others) == len(tensors) and all(a is b for a, b in zip(tensors, others, strict=True)):
+                members[name] = layers[name]
+                break
+        else:
+            found.append((tensors, {name: layers[name]}))
+    return [Group(members, len(tensors)) for tensors, members in found]
 
 
 def gather(
@@ -73,7 +96,9 @@ def gather(
     twin: tuple[nn.Module, Run] | None = None,
     static: bool = True,
 ) -> InputStatistics:
-    """Statistics of a group's input over all batches.
+    """Statistics of what a group's leader multiplies, over all batches.
+
+    Divided by its input scale, and rounded where the scheme rounds activations by themselves.
 
     Args:
         group: whose input.
@@ -81,37 +106,53 @@ def gather(
         batches: how many.
         hessian: gather sums of the inputs, the second moment among them; without it static schemes only watch.
         static: let static schemes watch.
-        twin: the same first layer in the float model, and what runs that; to know how far inputs drifted.
+        twin: the same leader in the float model, and what runs that; to know how far inputs drifted.
 
     Raises:
         DataError: for NaN or infinite inputs, naming layer and batch.
     """
-    mine: list[LayerQuantizer] = [getattr(layer, ATTRIBUTE) for layer in group.layers.values()]
-    first = mine[0]
-    statistics = InputStatistics(first.layer.shape[1], hessian)
+    leader, mine = group.leader, [getattr(layer, ATTRIBUTE) for layer in group.layers.values()]
+    quantizer: LayerQuantizer = getattr(leader, ATTRIBUTE)
+    statistics = InputStatistics(quantizer.layer.shape[1], hessian, drifts=twin is not None and hessian)
     with _observing(mine, static):
         for batch in range(batches):
-            beside = None if twin is None else _inputs(twin[0], twin[1], batch, group.calls)
-            for call, x in enumerate(_inputs(group.first, run, batch, group.calls)):
+            inputs = _inputs(leader, run, batch, group.calls)
+            beside: list[Tensor | None] = [None] * len(inputs)
+            if twin is not None and hessian:
+                theirs = _inputs(twin[0], twin[1], batch, group.calls)
+                if [x.shape for x in theirs] == [x.shape for x in inputs]:  # experts may be chosen otherwise
+                    beside = [_multiplied(quantizer, x, rounded=False) for x in theirs]
+            for x, float_x in zip(inputs, beside, strict=True):
                 if not bool(torch.isfinite(x).all()):
-                    raise DataError(_not_finite(first.layer.name, batch, x))
-                taken, *_ = [quantizer.fake_input(x) for quantizer in mine]  # each watches
+                    raise DataError(_not_finite(quantizer.layer.name, batch, x))
+                for watching in mine if static else ():
+                    watching.observe(_divided(watching, x))
                 if hessian:
-                    statistics.add(taken, None if beside is None else beside[call])
+                    statistics.add(_multiplied(quantizer, x, rounded=True), float_x)
     statistics.synchronize()
     if static:
-        synchronize([quantizer.observer for quantizer in mine if quantizer.observer is not None])
+        synchronize([each.observer for each in mine if each.observer is not None])
     return statistics
+
+
+def _divided(quantizer: LayerQuantizer, x: Tensor) -> Tensor:
+    return x if quantizer.input_scale is None else divided_input(x, quantizer.input_scale, quantizer.scheme)
+
+
+def _multiplied(quantizer: LayerQuantizer, x: Tensor, *, rounded: bool) -> Tensor:
+    """What meets the integers: the input divided by its scale, and rounded by a dynamic scheme."""
+    x = _divided(quantizer, x)
+    dynamic = quantizer.scheme.quantizes_activations and quantizer.observer is None
+    return fake_quantize_activation(x) if rounded and dynamic else x
 
 
 @contextmanager
 def _observing(quantizers: Sequence[LayerQuantizer], static: bool) -> Iterator[None]:
-    """Let static schemes watch; dynamic ones round what they take, as the kernel will."""
+    """Let static schemes watch what they are shown."""
     before = {quantizer: quantizer.phase for quantizer in quantizers}
     for quantizer in quantizers:
         quantizer.observe_always = static
-        watching = quantizer.observer is not None
-        quantizer.phase = Phase.FAKE_QUANTIZED if not watching else Phase.OBSERVING if static else Phase.FLOAT
+        quantizer.phase = Phase.OBSERVING if static else Phase.FLOAT
     try:
         yield
     finally:
@@ -125,8 +166,8 @@ def _inputs(layer: nn.Module, run: Run, batch: int, calls: int) -> list[Tensor]:
 
     def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = first_tensor(args, kwargs)
-        if x is not None and x.numel():
-            taken.append(x.detach())
+        if x is not None:
+            taken.append((torch.cat(x.unbind()) if x.is_nested else x).detach())
         if len(taken) == calls:
             raise Enough
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,16 @@ class Rounder:
     Args:
         method: how.
         options: GPTQ's.
+        model: whose layers.
         layers: plan name -> layer, all of the model's.
     """
 
-    def __init__(self, method: Method, options: GptqOptions, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, method: Method, options: GptqOptions, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         self._method, self._options = method, options
-        self._held: dict[int, tuple[str, Quantized]] = {}
-        self._parted = _parted_by_conversion(layers)
+        self._held: dict[int, tuple[LayerResult, Quantized]] = {}
+        owners = Counter(id(current_weight(layer)) for layer in layers.values())
+        self._shared = {key for key, count in owners.items() if count > 1}
+        self._parted = _parted_by_conversion(model, layers)
 
     @torch.no_grad()
     def layer(self, name: str, layer: nn.Module, statistics: InputStatistics | None, note: str = "") -> LayerResult:
@@ -48,26 +52,31 @@ class Rounder:
             return LayerResult(name, str(scheme), "cast", note=note)
         if id(weight) in self._parted:
             quantizer.enter(Phase.FROZEN, weight)
-            return LayerResult(name, str(scheme), "rtn", note="its weight is shared with a layer of another scheme")
+            note = "its weight is shared with a layer that takes another scheme or stays in float"
+            return LayerResult(name, str(scheme), "rtn", note=note, written=False)
         if (shared := self._held.get(id(weight))) is not None:
             hold(layer, shared[1], write=False)
-            return LayerResult(name, str(scheme), self._method.rounding, note=f"the integers of {shared[0]}")
+            return LayerResult(
+                name, str(scheme), shared[0].method, note=f"the integers of {shared[0].name}", written=False
+            )
         rows = quantizer.scaled_rows(weight).clone()
         found = rounded(self._method.rounding, rows, statistics, scheme.weight_format, self._options)
         hold(layer, found)
-        self.note([layer])
+        if quantizer.learns_scales:  # what follows sees this layer as it is trained
+            quantizer.phase = Phase.FAKE_QUANTIZED
         blind = statistics is None or not statistics.rows
         used = "mse" if self._method.rounding == "gptq" and blind else self._method.rounding
         errors = self._errors(rows, found, statistics)
-        return LayerResult(name, str(scheme), used, 0 if statistics is None else statistics.rows, *errors, note=note)
+        result = LayerResult(name, str(scheme), used, 0 if statistics is None else statistics.rows, *errors, note=note)
+        self.note(result, layer)
+        return result
 
-    def note(self, layers: Iterable[nn.Module]) -> None:
-        """Remember the integers that layers hold, for others that share their weights."""
-        for layer in layers:
-            quantizer: LayerQuantizer = getattr(layer, ATTRIBUTE)
-            weight = current_weight(layer)
-            if quantizer.scheme.is_integer and id(weight) not in self._parted:
-                self._held.setdefault(id(weight), (quantizer.layer.name, quantizer.integers(weight)))
+    def note(self, result: LayerResult, layer: nn.Module) -> None:
+        """Remember the integers that a layer holds, for others that share its weight."""
+        quantizer: LayerQuantizer = getattr(layer, ATTRIBUTE)
+        weight = current_weight(layer)
+        if id(weight) in self._shared and quantizer.scheme.is_integer and id(weight) not in self._parted:
+            self._held.setdefault(id(weight), (result, quantizer.integers(weight)))
 
     def _errors(
         self, rows: Tensor, found: Quantized, statistics: InputStatistics | None
@@ -83,15 +92,15 @@ class Rounder:
         return before, after
 
 
-def multiplies(layer: nn.Module) -> bool:
-    """Whether the rows of a layer's input are multiplied by its weight as they are."""
-    return not isinstance(layer, nn.Embedding) and current_weight(layer).dim() == 2
-
-
-def _parted_by_conversion(layers: Mapping[str, nn.Module]) -> set[int]:
-    """Ids of weights that layers of different weight formats share."""
+def _parted_by_conversion(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[int]:
+    """Ids of weights that layers of different weight formats share, or modules that stay as they are."""
     formats: dict[int, set[object]] = {}
     for layer in layers.values():
         quantizer: LayerQuantizer = getattr(layer, ATTRIBUTE)
         formats.setdefault(id(current_weight(layer)), set()).add(quantizer.scheme.weight_format)
+    mine = set(map(id, layers.values()))
+    for module in model.modules():
+        for parameter in module._parameters.values() if id(module) not in mine else ():
+            if id(parameter) in formats:
+                formats[id(parameter)].add(None)
     return {key for key, found in formats.items() if len(found) > 1}

@@ -24,6 +24,7 @@ class LayerResult:
             of the output's energy; ``None`` where no inputs were looked at.
         error: the same for the integers it got.
         note: what else to know (an input scale, a tied weight, a method that did not apply).
+        written: whether the weight became the numbers that the integers stand for; not where other layers share it.
     """
 
     name: str
@@ -33,6 +34,7 @@ class LayerResult:
     error_before: float | None = None
     error: float | None = None
     note: str = ""
+    written: bool = True
 
 
 @dataclass(frozen=True)

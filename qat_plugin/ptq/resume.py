@@ -24,7 +24,7 @@ from qat_plugin.kernels.packing import pack, unpack
 from qat_plugin.numerics import Quantized
 from qat_plugin.ptq.results import LayerResult
 from qat_plugin.ptq.walker import Store
-from qat_plugin.qat import LayerQuantizer, Phase, hold
+from qat_plugin.qat import LayerQuantizer, Phase, hold, quantizers
 from qat_plugin.qat.layers import ATTRIBUTE, FakeQuantized, current_weight
 
 _SETTINGS: Final = "settings.json"
@@ -46,8 +46,9 @@ def open_store(
         "model": _sum_of(dict(model.state_dict())),
         "data": _sum_of(batches),
         "settings": _sum_of({name: str(value) for name, value in settings.items()}),
+        "state": _sum_of({name: quantizer.export_state() for name, quantizer in quantizers(model).items()}),
     }
-    path = Path(folder).expanduser() / _SETTINGS
+    path = _own(Path(folder).expanduser()) / _SETTINGS
     if path.exists():
         _check_same(path, prints)
     else:
@@ -56,7 +57,14 @@ def open_store(
             _write(path, json.dumps(prints, indent=1).encode() + b"\n")
         except OSError as error:
             raise CheckpointError(f"cannot keep finished blocks in {path.parent}: {error.strerror}") from error
-    return _Folder(path.parent)
+    return _Folder(path.parent, _sum_of(prints))
+
+
+def _own(folder: Path) -> Path:
+    """The folder, or that of this process where several calibrate together."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank() if several and torch.distributed.get_world_size() > 1 else None
+    return folder if rank is None else folder / f"rank-{rank}"
 
 
 def _check_same(path: Path, prints: Mapping[str, str]) -> None:
@@ -75,8 +83,8 @@ def _check_same(path: Path, prints: Mapping[str, str]) -> None:
 class _Folder(Store):
     """Parts as files of one folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, belongs: str) -> None:
+        self._folder, self._belongs = folder, belongs
 
     def load(self, part: str, layers: Mapping[str, nn.Module], changed: nn.Module | None) -> list[LayerResult] | None:
         path = self._path(part)
@@ -89,14 +97,14 @@ class _Folder(Store):
                 header = json.loads((file.metadata() or {})["qat_plugin"])
                 names = list(file.keys())
                 tensors = {name: file.get_tensor(name) for name in names}
-            if header["sum"] != _sum_of(tensors):
-                raise CheckpointError(f"{path} does not have the sum that it was written with; delete it")
+            if header["sum"] != _sum_of(tensors) or header["of"] != self._belongs:
+                raise CheckpointError(f"{path} is not what this calibration wrote; delete it to do that block again")
             results = [LayerResult(**result) for result in header["results"]]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{path} is damaged ({error}); delete it to do that block again") from error
-        _restore(layers, changed, tensors)
+        _restore(layers, changed, tensors, {result.name for result in results if result.written})
         return results
 
     def save(
@@ -105,7 +113,7 @@ class _Folder(Store):
         from safetensors.torch import save
 
         tensors = _taken(layers, changed)
-        header = {"sum": _sum_of(tensors), "results": [asdict(result) for result in results]}
+        header = {"sum": _sum_of(tensors), "of": self._belongs, "results": [asdict(result) for result in results]}
         _write(self._path(part), save(tensors, metadata={"qat_plugin": json.dumps(header)}))
 
     def _path(self, part: str) -> Path:
@@ -132,10 +140,11 @@ def _taken(layers: Mapping[str, nn.Module], changed: nn.Module | None) -> dict[s
 
 
 def _others(changed: nn.Module | None) -> dict[str, nn.Parameter]:
-    """The parameters that folding may have changed: all but the prepared layers' weights."""
+    """The parameters that folding may have changed: all but the weights that are integers now."""
     if changed is None:
         return {}
-    weights = {id(current_weight(m)) for m in changed.modules() if isinstance(m, FakeQuantized)}
+    layers = [module for module in changed.modules() if isinstance(module, FakeQuantized)]
+    weights = {id(current_weight(m)) for m in layers if m.fake_quantizer.scheme.is_integer}
     return {
         name: parameter
         for name, parameter in changed.named_parameters()
@@ -144,7 +153,9 @@ def _others(changed: nn.Module | None) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
-def _restore(layers: Mapping[str, nn.Module], changed: nn.Module | None, tensors: Mapping[str, Tensor]) -> None:
+def _restore(
+    layers: Mapping[str, nn.Module], changed: nn.Module | None, tensors: Mapping[str, Tensor], written: set[str]
+) -> None:
     for key, parameter in _others(changed).items():
         parameter.copy_(tensors[f"other:{key}"])
     for name, layer in layers.items():
@@ -160,7 +171,9 @@ def _restore(layers: Mapping[str, nn.Module], changed: nn.Module | None, tensors
         rows, scheme = quantizer.rows(weight), quantizer.scheme
         q = unpack(tensors[f"{name}:q"], scheme.weight_bits, rows.shape[1], signed=scheme.symmetric)
         scale, zero_point = tensors[f"{name}:held_scale"], tensors.get(f"{name}:held_zero_point")
-        hold(layer, Quantized(q.to(weight.device), scale, zero_point, scheme))
+        hold(layer, Quantized(q.to(weight.device), scale, zero_point, scheme), write=name in written)
+        if quantizer.learns_scales:
+            quantizer.phase = Phase.FAKE_QUANTIZED
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -18,6 +18,8 @@ class InputStatistics:
             (arXiv:2210.17323, section 3.1). Empty when it was not asked for.
         sum_abs: sum of |x|, float64 [K] (AWQ's activation magnitude, arXiv:2306.00978).
         absmax: greatest |x|, float32 [K] (SmoothQuant's, arXiv:2211.10438).
+        hessian: gather the second moment.
+        drifts: gather the drift too.
         drift: sum of (x_f - x) x^T, float32 [K, K], where x_f is what the float model gives to the layer; ``None``
             unless it was gathered.
         rows: number of rows seen.
@@ -25,6 +27,7 @@ class InputStatistics:
 
     in_features: int
     hessian: bool = True
+    drifts: bool = False
     second_moment: Tensor = field(init=False)
     sum_abs: Tensor = field(init=False)
     absmax: Tensor = field(init=False)
@@ -34,6 +37,8 @@ class InputStatistics:
     def __post_init__(self) -> None:
         size = self.in_features if self.hessian else 0
         self.second_moment = torch.zeros(size, size)
+        if self.drifts:
+            self.drift = torch.zeros(size, size)
         self.sum_abs = torch.zeros(self.in_features, dtype=torch.float64)
         self.absmax = torch.zeros(self.in_features)
 
@@ -61,6 +66,7 @@ class InputStatistics:
         if self.absmax.device != device:
             self.second_moment, self.sum_abs = self.second_moment.to(device), self.sum_abs.to(device)
             self.absmax = self.absmax.to(device)
+            self.drift = None if self.drift is None else self.drift.to(device)
         return self
 
     def synchronize(self) -> None:

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from qat_plugin.ptq.chains import Chain, ChainInputs, find_chains, first_output, record
 from qat_plugin.ptq.feeding import arguments
 from qat_plugin.ptq.gptq import GptqOptions
-from qat_plugin.ptq.inputs import Group, Run, gather, input_groups, layer_named, names_of
-from qat_plugin.ptq.layerwise import Rounder, multiplies
+from qat_plugin.ptq.inputs import Group, Run, gather, input_groups, layer_named, looks_at_inputs, names_of
+from qat_plugin.ptq.layerwise import Rounder
 from qat_plugin.ptq.methods import Method
 from qat_plugin.ptq.results import LayerResult
 from qat_plugin.ptq.scaling import scale_block
@@ -109,6 +109,10 @@ class Walker:
         keep_on: the device on which hidden states wait; by default the model's own.
         store: where finished parts are kept.
         told: called after each part.
+
+    Attributes:
+        results: what was done so far.
+        touched: whether any weight was changed.
     """
 
     model: nn.Module
@@ -119,13 +123,14 @@ class Walker:
     store: Store = field(default_factory=Store)
     told: Callable[[Part], None] = lambda part: None
     results: list[LayerResult] = field(default_factory=list)
+    touched: bool = False
 
     def walk(self) -> tuple[LayerResult, ...]:
         """Do all of it."""
         layers = prepared_layers(self.model)
         if not self.method.looks:  # nothing depends on the data, and the float weights stay what they are
             return tuple(LayerResult(name, _spelled(layer), "rtn") for name, layer in layers.items())
-        self._rounder = Rounder(self.method, self.options, layers)
+        self._rounder = Rounder(self.method, self.options, self.model, layers)
         chains = find_chains(self.model)
         self._done, self._count = 0, 1 + sum(len(chain.blocks) for chain in chains)
         chained = {name for chain in chains for name in _inside(chain.blocks, layers)}
@@ -171,7 +176,7 @@ class Walker:
         self._part(_Stretch("model", layers, self.model, sample, running, whole), f"model-{len(self.results)}")
 
     def _chain(self, chain: Chain, layers: dict[str, nn.Module]) -> None:
-        inputs = record(self.model, chain, self.batches)
+        inputs = record(self.model, chain, self.batches, self.keep_on)
         if isinstance(inputs, str):  # no chain after all: as loose layers
             self._loose(layers)
             self._done += len(chain.blocks) - 1
@@ -181,7 +186,8 @@ class Walker:
             mine = _inside([block], layers)
             running = self._block_runs(inputs, index, float_hidden)
             name = chain.block_name(index)
-            twin = self._part(_Stretch(name, mine, block, inputs.arguments(index, 0, inputs.hidden[0]), running), name)
+            sample = inputs.arguments(index, 0, self._here(inputs.hidden[0]))
+            twin = self._part(_Stretch(name, mine, block, sample, running), name)
             if index + 1 < len(chain.blocks):
                 self._advance(running(block, False), inputs.hidden)
                 if twin is not None:
@@ -206,7 +212,9 @@ class Walker:
         return self.method.rounding == "gptq" and self.options.correct > 0
 
     def _here(self, hidden: Tensor) -> Tensor:
-        return hidden if self.keep_on is None else hidden.to(next(self.model.parameters()).device)
+        """A copy to run on: blocks may add to it in place."""
+        here = hidden.clone()
+        return here if self.keep_on is None else here.to(next(self.model.parameters()).device)
 
     def _advance(self, run: Run, hidden: list[Tensor]) -> None:
         for batch in range(len(hidden)):
@@ -222,15 +230,16 @@ class Walker:
         twin = copy.deepcopy(stretch.module) if self._corrects and stretch.whole else None
         stored = self.store.load(key, stretch.layers, changed)
         if stored is None:
-            groups = input_groups(stretch.layers, run)
+            groups = input_groups(stretch.layers, run, len(self.batches))
             notes = self._scaled(stretch, groups, run) if scales else {}
             # the copy as it was feeds the next part, resumed or not; this part's own inputs are the scaled ones
             beside = copy.deepcopy(stretch.module) if twin is not None and scales else twin
             results = self._rounded(stretch, groups, run, beside, notes)
             self.store.save(key, stretch.layers, changed, results)
         else:
-            results = stored
-            self._rounder.note(stretch.layers.values())
+            results, self.touched = stored, True
+            for result in results:
+                self._rounder.note(result, stretch.layers[result.name])
         self.results += results
         seconds = time.monotonic() - started
         self.told(Part(self._done, self._count, stretch.name, tuple(results), seconds, stored is not None))
@@ -239,12 +248,13 @@ class Walker:
 
     def _scaled(self, stretch: _Stretch, groups: Sequence[Group], run: Run) -> dict[str, str]:
         """Scale the inputs of a part's layers; layer -> what was done."""
-        mine = [group for group in groups if _looks(group)]
+        mine = [group for group in groups if looks_at_inputs(group.leader)]
         statistics: dict[str, InputStatistics] = {}
         for group in mine:
             found = gather(group, run, len(self.batches), hessian=True, static=False)
             statistics |= dict.fromkeys(group.layers, found)
         assert self.method.scaling is not None
+        self.touched = True
         done = scale_block(
             stretch.module,
             [list(group.layers.items()) for group in mine],
@@ -266,14 +276,15 @@ class Walker:
         results = []
         beside = None if twin is None else stretch.running(twin, True)
         for group in groups:
-            looks, statistics = _looks(group), None
+            looks, statistics = looks_at_inputs(group.leader), None
             if looks or _static(group):
                 pair = None
                 if twin is not None and beside is not None and looks:
-                    pair = (layer_named(twin, next(iter(group.layers))), beside)
+                    pair = (layer_named(twin, _quantizer(group.leader).layer.name), beside)
                 statistics = gather(group, run, len(self.batches), hessian=looks, twin=pair)
+            self.touched = True
             for name, layer in group.layers.items():
-                seen = statistics if looks else None
+                seen = statistics if looks_at_inputs(layer) else None
                 results.append(self._rounder.layer(name, layer, seen, notes.get(name, "")))
         for name, layer in stretch.layers.items():
             if name not in names_of(groups):
@@ -293,10 +304,6 @@ def _quantizer(layer: nn.Module) -> LayerQuantizer:
 
 def _spelled(layer: nn.Module) -> str:
     return str(_quantizer(layer).scheme)
-
-
-def _looks(group: Group) -> bool:
-    return _quantizer(group.first).scheme.is_integer and multiplies(group.first)
 
 
 def _static(group: Group) -> bool:
