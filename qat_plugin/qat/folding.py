@@ -28,7 +28,7 @@ from qat_plugin.qat.folded import (
     scaled_rows,
     unmark,
 )
-from qat_plugin.qat.layers import ATTRIBUTE, FakeQuantized
+from qat_plugin.qat.layers import ATTRIBUTE, FakeQuantized, has_stock_forward
 from qat_plugin.qat.pairs import norm_pairs
 
 
@@ -37,7 +37,7 @@ def fold_norms(model: nn.Module) -> list[Fold]:
     """Fold each BatchNorm that alone follows a prepared layer of a static scheme, in place.
 
     Left as they are: norms that saw no batch yet (their statistics mean nothing), that keep no statistics or have a
-    forward of their own; layers whose weight is shared, sharded or on the meta device.
+    forward of their own; layers that have one, or whose weight is shared, sharded or on the meta device.
 
     Returns:
         The folds that were made now.
@@ -71,6 +71,8 @@ def foldable(model: nn.Module) -> list[tuple[nn.Module, _BatchNorm, tuple[str, s
 
 def _can_fold(layer: nn.Module, norm: _BatchNorm, uses: Mapping[int, int]) -> bool:
     weight, statistics = layer._parameters.get("weight"), (norm.running_mean, norm.running_var)
+    if not has_stock_forward(layer):  # what it makes of its weight may not be linear
+        return False
     if weight is None or weight.device.type == "meta" or uses.get(id(weight), 0) != 1 or weight.dim() < 2:
         return False
     if any(statistic is None for statistic in statistics) or type(norm).forward not in _FORWARDS:

@@ -138,6 +138,31 @@ def test_only_a_norm_that_is_alone_behind_its_layer_is_folded() -> None:
     assert [module.training for module in model.modules()] == modes
 
 
+class Rectified(nn.Conv2d):
+    """A convolution and what is not linear, in one layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(F.conv2d(x, self.weight, self.bias))
+
+
+class Centred(nn.Conv2d):
+    """The stock forward, but not the stock product."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, weight, bias) + input.mean()
+
+
+@pytest.mark.parametrize("kind", [Rectified, Centred])
+def test_a_layer_that_is_more_than_its_product_is_not_folded(kind: type[nn.Conv2d]) -> None:
+    torch.manual_seed(0)
+    model, x = trained(nn.Sequential(kind(3, 4, 3), nn.BatchNorm2d(4)), 3, 8, 8), images()
+    expected = model(x)
+    prepare(model, "w8a8-static")
+    assert not folds(model)
+    set_phase(model, Phase.FLOAT)
+    assert torch.equal(model(x), expected)
+
+
 @pytest.mark.parametrize("learn_scales", [False, True])
 def test_what_is_trained_is_what_ships(learn_scales: bool, tmp_path) -> None:
     model, x = residual(), images()
