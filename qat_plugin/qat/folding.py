@@ -37,7 +37,9 @@ def fold_norms(model: nn.Module) -> list[Fold]:
     """Fold each BatchNorm that alone follows a prepared layer of a static scheme, in place.
 
     Left as they are: norms that saw no batch yet (their statistics mean nothing), that keep no statistics or have a
-    forward of their own; layers that have one, or whose weight is shared, sharded or on the meta device.
+    forward of their own; layers that have one, or whose weight is shared, sharded or on the meta device; nn.Linear,
+    whose channels a BatchNorm1d normalises in [batch, features] and not in [batch, length, features], of which no
+    graph tells.
 
     Returns:
         The folds that were made now.
@@ -71,7 +73,7 @@ def foldable(model: nn.Module) -> list[tuple[nn.Module, _BatchNorm, tuple[str, s
 
 def _can_fold(layer: nn.Module, norm: _BatchNorm, uses: Mapping[int, int]) -> bool:
     weight, statistics = layer._parameters.get("weight"), (norm.running_mean, norm.running_var)
-    if not has_stock_forward(layer):  # what it makes of its weight may not be linear
+    if isinstance(layer, nn.Linear) or not has_stock_forward(layer):  # another axis; or not linear in its weight
         return False
     if weight is None or weight.device.type == "meta" or uses.get(id(weight), 0) != 1 or weight.dim() < 2:
         return False
@@ -106,7 +108,7 @@ def _follow_learned_scales(layer: nn.Module, gain: Tensor) -> None:
     if quantizer.scheme.per_tensor:
         quantizer.begin(layer._parameters["weight"])
     else:
-        quantizer.grid.unit.mul_(gain.abs().to(quantizer.grid.unit).unsqueeze(1))
+        quantizer.grid.follow(gain)
 
 
 def fold_names(model: nn.Module) -> list[list[str]]:
@@ -155,3 +157,7 @@ class Unfolded:
         """Write the numbers back; call it when no fold is left (:func:`~qat_plugin.qat.unprepare`)."""
         for tensor, numbers in self._tensors:
             tensor.copy_(numbers)
+
+    def forget(self) -> None:
+        """Keep nothing any more: there is no way back."""
+        self._tensors.clear()
