@@ -259,6 +259,17 @@ def test_a_checkpoint_says_what_is_folded() -> None:
     assert not folds(other)
 
 
+def test_a_checkpoint_fits_a_compiled_model_and_back() -> None:
+    plain = calibrate(residual(), "w8a8-static", [images()], progress=False)
+    state = quantizer_state(plain)
+    compiled = torch.compile(prepare(residual(), "w8a8-static", phase=Phase.OBSERVING, observer=state["observer"]))
+    load_quantizer_state(compiled, state)
+    assert len(folds(compiled)) == len(PAIRS)
+    assert quantizer_state(compiled)["folded"] == state["folded"]
+    load_quantizer_state(plain, quantizer_state(compiled))
+    assert len(folds(plain)) == len(PAIRS)
+
+
 def test_learned_scales_start_from_the_folded_weight() -> None:
     model = prepare(residual(), "w8a8-static", learn_scales=True)
     quantizer = quantizers(model)["block.conv1"]
