@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qat_plugin.kernels.convolution import convolve
 from qat_plugin.kernels.weight import QuantizedWeight
 from qat_plugin.qat.folded import FOLD, Fold, folds
+from qat_plugin.qat.layers import has_stock_forward
 
 _CALL = ("stride", "padding", "dilation", "groups")
 
@@ -42,18 +43,14 @@ class _Shifting:
         return _rebuild, (_own_class(self),), self.__dict__
 
 
-_FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward)
-
-
 def absorb_norms(model: nn.Module) -> None:
     """Let each integer layer that knows a folded norm add its shift; the norm then passes its input through.
 
-    A layer with a forward of its own keeps it, and the norm behind it adds the shift.
+    A layer with a forward or a product of its own keeps it, and the norm behind it adds the shift.
     """
     for fold in folds(model):
         layer = fold.layer
-        plain = type(layer).forward in _FORWARDS and "forward" not in layer.__dict__
-        if plain and isinstance(layer._parameters.get("weight"), QuantizedWeight):
+        if has_stock_forward(layer) and isinstance(layer._parameters.get("weight"), QuantizedWeight):
             layer.__class__ = _shifting_class(type(layer))  # type: ignore[arg-type]
             fold.absorbed = True
 

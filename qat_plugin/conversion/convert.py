@@ -95,7 +95,7 @@ def convert(
             f"{type(model).__name__} is already converted; convert a float model, or reload its checkpoint"
         )
     fresh = not is_prepared(model)
-    unfolded = Unfolded(model) if fresh and reversible else None
+    unfolded = Unfolded(model) if fresh else None
     if fresh:
         if plan is None:
             raise ConversionError("convert(model) needs a plan or a policy for a model that was not prepared")
@@ -109,7 +109,7 @@ def convert(
             _check_same_plan(model, plan)
         layers = _ready(model, dtype)
         with torch.inference_mode(False):  # what is made here outlives it
-            proof = _convert_layers(layers, _checked(inputs or {}, layers), dtype, done, casts, reversible)
+            proof = _convert_layers(layers, _checked(inputs or {}, layers), dtype, done, casts, reversible, unfolded)
             absorb_norms(model)
     except BaseException as failure:
         if gone := sum(conversion.gone for conversion in done):
@@ -230,6 +230,7 @@ def _convert_layers(
     done: list[LayerConversion],
     casts: dict[int, nn.Parameter],
     reversible: bool,
+    unfolded: Unfolded | None,
 ) -> Proof:
     """Convert and prove each layer; layers tied in one format go on sharing one Parameter.
 
@@ -238,6 +239,7 @@ def _convert_layers(
         done: collects the layers begun, for taking them back.
         casts: collects the float parameters cast.
         reversible: keep what it takes to undo each conversion.
+        unfolded: the numbers of before the fold, which go with the first weight that is let go.
     """
     keys = sharing_keys(layers)
     multiplying = {keys[name]: name for name in reversed(list(layers)) if not isinstance(layers[name], nn.Embedding)}
@@ -251,6 +253,8 @@ def _convert_layers(
         proofs.append(done[-1].run(inputs.get(name), made[keys[name]], casts))
         if not reversible:
             done[-1].let_go()
+            if unfolded is not None:
+                unfolded.forget()
     return Proof(tuple(proofs))
 
 

@@ -20,7 +20,6 @@ from qat_plugin.observers.factory import observed_scale
 from qat_plugin.observers.spelling import DEFAULT_FOR_TRAINING
 from qat_plugin.policy import Candidate, candidates
 from qat_plugin.qat.folded import fold_state_dict, folds
-from qat_plugin.qat.folding import fold_names
 from qat_plugin.qat.state import observer_in
 from qat_plugin.scheme import Scheme
 
@@ -122,8 +121,9 @@ def reload_float(
     states = _states(quantizer_state, layers)
     observer = DEFAULT_FOR_TRAINING if quantizer_state is None else observer_in(quantizer_state)
     merged: dict[str, Tensor] = dict(state_dict)
-    for fold, (layer, norm) in zip(folds(model), fold_names(model), strict=True):  # of before the fold, it may be
-        fold_state_dict(fold, merged, f"{layer}.", f"{norm}.")
+    paths = {module: path for path, module in model.named_modules()}
+    for fold in folds(model):  # of before the fold, it may be
+        fold_state_dict(fold, merged, f"{paths[fold.layer]}.", f"{paths[fold.norm]}.")
     for name, candidate in layers.items():
         key = f"{candidate.path}.weight" if candidate.path else "weight"
         current = candidate.module._parameters["weight"]

@@ -95,9 +95,11 @@ class DriftWatch:
             setattr(self, name, value)
 
     def _sample(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Some rows of the weight with the scales and zero points in force."""
+        """Some rows of what the integers are taken of, with the scales and zero points in force."""
         quantizer, weight = self.quantizer, current_weight(self.layer)
         rows = quantizer.rows(weight)[:: self.every]
+        if quantizer.input_scale is not None:
+            rows = rows * quantizer.input_scale
         if not quantizer.fixed and not quantizer.scheme.per_tensor:
             return rows, *choose_qparams(rows, quantizer.scheme)
         scale, zero_point = quantizer.qparams(weight)

@@ -14,10 +14,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat_plugin.errors import CheckpointError
+from qat_plugin.policy.roles import clean_name
 from qat_plugin.qat.folded import (
     Fold,
     FoldedNorm,
@@ -28,7 +30,7 @@ from qat_plugin.qat.folded import (
     scaled_rows,
     unmark,
 )
-from qat_plugin.qat.layers import ATTRIBUTE, FakeQuantized
+from qat_plugin.qat.layers import ATTRIBUTE, FakeQuantized, has_stock_forward
 from qat_plugin.qat.pairs import norm_pairs
 
 
@@ -37,16 +39,35 @@ def fold_norms(model: nn.Module) -> list[Fold]:
     """Fold each BatchNorm that alone follows a prepared layer of a static scheme, in place.
 
     Left as they are: norms that saw no batch yet (their statistics mean nothing), that keep no statistics or have a
-    forward of their own; layers whose weight is shared, sharded or on the meta device.
+    forward of their own; layers that have one, or whose weight is shared, sharded or on the meta device; nn.Linear,
+    whose channels a BatchNorm1d normalises in [batch, features] and not in [batch, length, features], of which no
+    graph tells.
+
+    Under ``torch.distributed`` each rank must call; the statistics of rank 0 are folded on all.
 
     Returns:
         The folds that were made now.
     """
-    return [
-        _fold(model, layer, norm, names)
+    pairs = [
+        (layer, norm, names)
         for layer, norm, names in foldable(model)
         if isinstance(layer, FakeQuantized) and layer.fake_quantizer.scheme.static
     ]
+    _agree([norm for _, norm, _ in pairs])
+    return [_fold(model, *pair) for pair in pairs]
+
+
+def _agree(norms: Sequence[_BatchNorm]) -> None:
+    """Give every rank the statistics of rank 0: each saw its own batches, and a weight must be the same on all."""
+    if not norms or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    on_device = dist.get_backend() == dist.Backend.NCCL
+    device = torch.device("cuda", torch.cuda.current_device()) if on_device else torch.device("cpu")
+    own = [cast(Tensor, statistic) for norm in norms for statistic in (norm.running_mean, norm.running_var)]
+    message = torch.cat([statistic.double().to(device) for statistic in own])
+    dist.broadcast(message, src=0)
+    for statistic, agreed in zip(own, message.split([len(statistic) for statistic in own]), strict=True):
+        statistic.copy_(agreed)
 
 
 def foldable(model: nn.Module) -> list[tuple[nn.Module, _BatchNorm, tuple[str, str]]]:
@@ -71,6 +92,8 @@ def foldable(model: nn.Module) -> list[tuple[nn.Module, _BatchNorm, tuple[str, s
 
 def _can_fold(layer: nn.Module, norm: _BatchNorm, uses: Mapping[int, int]) -> bool:
     weight, statistics = layer._parameters.get("weight"), (norm.running_mean, norm.running_var)
+    if isinstance(layer, nn.Linear) or not has_stock_forward(layer):  # another axis; or not linear in its weight
+        return False
     if weight is None or weight.device.type == "meta" or uses.get(id(weight), 0) != 1 or weight.dim() < 2:
         return False
     if any(statistic is None for statistic in statistics) or type(norm).forward not in _FORWARDS:
@@ -104,12 +127,12 @@ def _follow_learned_scales(layer: nn.Module, gain: Tensor) -> None:
     if quantizer.scheme.per_tensor:
         quantizer.begin(layer._parameters["weight"])
     else:
-        quantizer.grid.unit.mul_(gain.abs().to(quantizer.grid.unit).unsqueeze(1))
+        quantizer.grid.follow(gain)
 
 
 def fold_names(model: nn.Module) -> list[list[str]]:
-    """[layer, norm] of each fold of a model, for a checkpoint."""
-    names = {module: name for name, module in model.named_modules()}
+    """[layer, norm] of each fold of a model, for a checkpoint: names as plans have them, without wrappers."""
+    names = {module: clean_name(path) for path, module in model.named_modules()}
     return [[names[fold.layer], names[fold.norm]] for fold in folds(model) if fold.layer in names]
 
 
@@ -119,8 +142,9 @@ def set_folds(model: nn.Module, wanted: Sequence[Sequence[str]]) -> None:
     Raises:
         CheckpointError: when the model has no such modules.
     """
-    modules = dict(model.named_modules())
-    pairs = [(str(layer), str(norm)) for layer, norm in wanted]
+    modules = {clean_name(path): module for path, module in model.named_modules()}  # what is wrapped comes last
+    paths = {module: path for path, module in model.named_modules()}
+    pairs = [(clean_name(str(layer)), clean_name(str(norm))) for layer, norm in wanted]
     for layer, norm in pairs:
         if layer not in modules or not isinstance(modules.get(norm), _BatchNorm):
             raise CheckpointError(
@@ -129,7 +153,7 @@ def set_folds(model: nn.Module, wanted: Sequence[Sequence[str]]) -> None:
     for fold in folds(model):
         unmark(fold)
     for layer, norm in pairs:
-        mark(model, (layer, norm))
+        mark(model, (paths[modules[layer]], paths[modules[norm]]))
 
 
 class Unfolded:
@@ -153,3 +177,7 @@ class Unfolded:
         """Write the numbers back; call it when no fold is left (:func:`~qat_plugin.qat.unprepare`)."""
         for tensor, numbers in self._tensors:
             tensor.copy_(numbers)
+
+    def forget(self) -> None:
+        """Keep nothing any more: there is no way back."""
+        self._tensors.clear()

@@ -82,6 +82,22 @@ class LearnedGrid(nn.Module):
             self.zero_shift.zero_()
 
     @torch.no_grad()
+    def follow(self, gain: Tensor) -> None:
+        """Stay the grid of a weight whose rows were multiplied, so that its integers stay (or are mirrored).
+
+        Args:
+            gain: [out_features], of either sign; where it is 0, the row begins as a group of zeros does.
+        """
+        factor = gain.to(self.unit).unsqueeze(1)
+        signed = self.scheme.symmetric and self.scheme.weight_bits < 8
+        self.unit.copy_(_without_zeros(self.unit * (factor if signed else factor.abs())))
+        if self.zero_start is not None:
+            mirrored = self.scheme.qmax - self.zero_start
+            self.zero_start.copy_(torch.where(factor < 0, mirrored, self.zero_start))
+        if self.zero_shift is not None:
+            self.zero_shift.copy_(torch.where(factor < 0, -self.zero_shift, self.zero_shift))
+
+    @torch.no_grad()
     def export_state(self) -> dict[str, Tensor]:
         """``scale`` and ``zero_point``, the scales not rounded, the zero points rounded, and their parts."""
         scale, zero_point = self.scale(), self.qparams()[1]

@@ -180,6 +180,19 @@ def keeps_own_forward(layer: nn.Module) -> bool:
     return isinstance(layer, _OwnForward)
 
 
+def has_stock_forward(layer: nn.Module) -> bool:
+    """Whether a layer, prepared or not, computes what nn.Linear, nn.Conv1d or nn.Conv2d does, and nothing more."""
+    base: Any = base_class(layer)
+    if not layer.__dict__.keys().isdisjoint(("forward", "_conv_forward")):
+        return False
+    if base.forward is nn.Linear.forward:
+        return True
+    return base.forward in (nn.Conv1d.forward, nn.Conv2d.forward) and base._conv_forward in (
+        nn.Conv1d._conv_forward,
+        nn.Conv2d._conv_forward,
+    )
+
+
 def base_class(layer: object) -> type[nn.Module]:
     """The user's class of a prepared layer."""
     return next(c for c in type(layer).__mro__ if issubclass(c, nn.Module) and not issubclass(c, FakeQuantized))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qat_plugin import prepare, set_phase
 from qat_plugin.callbacks import QuantizationAwareTraining, QuantizationMonitor
 from qat_plugin.errors import CheckpointError, ConfigError
-from qat_plugin.qat import Phase
+from qat_plugin.qat import Phase, set_input_scale
 from qat_plugin.qat.drift import DriftWatch
 from tests.callbacks.subjects import Classifier, checkpoint, loader, trainer
 
@@ -100,8 +100,11 @@ def test_it_says_when_it_saw_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scheme", ["w4a8-g32", "w4a16-g32-asym", "w8a8", "w8a16-tensor"])
 @pytest.mark.parametrize("learn_scales", [False, True])
-def test_a_sample_is_whole_rows_on_their_own_scales(scheme: str, learn_scales: bool) -> None:
+@pytest.mark.parametrize("divided", [False, True])
+def test_a_sample_is_whole_rows_on_their_own_scales(scheme: str, learn_scales: bool, divided: bool) -> None:
     model = prepare(nn.Sequential(nn.Linear(64, 40)), scheme, learn_scales=learn_scales)
+    if divided:
+        set_input_scale(model[0], torch.rand(64) * 3 + 0.1)
     watch, all_of_it = DriftWatch(model[0], 640), DriftWatch(model[0], 10**6)
     first, whole = watch.look(), all_of_it.look()
     assert watch.integers is not None and watch.integers.shape == (10, 64)

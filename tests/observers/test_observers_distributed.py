@@ -37,7 +37,7 @@ def work(rank: int, folder: str) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
-    result = {"twice": _observed(rank), "model": _calibrated(rank), "bad": _bad(rank)}
+    result = {"twice": _observed(rank), "model": _calibrated(rank), "bad": _bad(rank), "folded": _folded(rank)}
     torch.save(result, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -57,6 +57,15 @@ def _observed(rank: int) -> dict[str, Any]:
 def _calibrated(rank: int) -> dict[str, Any]:
     model = calibrate(network(), "w8a8-static", batches(rank), observer="mse", progress=False)
     return dict(quantizer_state(model)["layers"])
+
+
+def _folded(rank: int) -> dict[str, Any]:
+    """Each rank's norm saw other batches, of its own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(4, 4, 3), nn.BatchNorm1d(4)).train()
+    model(batches(rank)[0].reshape(16, 4, 8))
+    before = {f"before.{name}": value.clone() for name, value in model.state_dict().items()}
+    return before | dict(prepare(model, "w8a8-static").state_dict())
 
 
 def _bad(rank: int) -> str:
@@ -119,6 +128,14 @@ def test_calibrate_gives_the_scales_of_one_process_with_all_batches(ranks: list[
 
 def test_a_nan_on_one_rank_is_an_error_on_all_that_names_the_layer(ranks: list[dict[str, Any]]) -> None:
     assert all(rank["bad"].startswith("2 (w8a8-static): its input holds NaN or infinity") for rank in ranks)
+
+
+def test_every_rank_folds_the_statistics_of_rank_0(ranks: list[dict[str, Any]]) -> None:
+    mine, other = (rank["folded"] for rank in ranks)
+    assert not torch.equal(mine["before.1.running_var"], other["before.1.running_var"])
+    gain = (mine["before.1.running_var"].double() + 1e-5).rsqrt()[:, None, None]
+    torch.testing.assert_close(mine["0.weight"].double(), mine["before.0.weight"].double() * gain)
+    assert all(torch.equal(mine[name], other[name]) for name in mine if not name.startswith("before."))
 
 
 def test_alone_nothing_happens() -> None:

@@ -24,12 +24,13 @@ from qat_plugin.qat import (
     set_phase,
 )
 from qat_plugin.qat.folded import FoldedNorm, folds
+from qat_plugin.qat.folding import set_folds
 from qat_plugin.qat.pairs import norm_pairs
 
 from .images import Block, images, residual, trained
 
 PAIRS = {
-    "stem.0": "stem.1", "block.conv1": "block.bn1", "block.conv2": "block.bn2", "side": "side_bn", "fc": "fc_bn",
+    "stem.0": "stem.1", "block.conv1": "block.bn1", "block.conv2": "block.bn2", "side": "side_bn",
 }  # fmt: skip
 
 
@@ -67,7 +68,8 @@ def test_the_statistics_stay_frozen_in_training_mode() -> None:
     before = {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name}
     loss = model(images()).square().sum()
     loss.backward()
-    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers() if "running" in name)
+    frozen = [name for name in before if not name.startswith("fc_bn")]
+    assert all(torch.equal(model.get_buffer(name), before[name]) for name in frozen)
     assert model.block.bn1.bias.grad is not None, "the shift is trained, as a bias is"
     assert model.block.bn1.weight.grad is None, "a weight of 1 stays one"
 
@@ -91,8 +93,8 @@ def test_before_the_scheduled_step_norms_are_alive() -> None:
 
 def test_a_norm_that_saw_no_batch_and_other_schemes_are_left_alone() -> None:
     assert not folds(prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), "w8a8-static"))
-    assert not folds(prepare(residual(), {"fc": "w8a8"}))
-    assert [fold.names[0] for fold in folds(prepare(residual(), {"fc": "w8a8-static"}))] == ["fc"]
+    assert not folds(prepare(residual(), {"fc": "w8a8-static"}))
+    assert [fold.names[0] for fold in folds(prepare(residual(), {"side": "w8a8-static"}))] == ["side"]
     whole = trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)), 3, 8, 8)
     assert not folds(prepare(whole, "w8a8-static"))
 
@@ -129,13 +131,63 @@ class Branching(nn.Module):
 
 def test_only_a_norm_that_is_alone_behind_its_layer_is_folded() -> None:
     assert names_of(Shared()) == {}
-    assert names_of(residual()) == PAIRS
+    assert names_of(residual()) == PAIRS | {"fc": "fc_bn"}
     assert names_of(Branching()) == {"block.conv1": "block.bn1", "block.conv2": "block.bn2"}
     model = residual()
     model.block.conv1.eval()
     modes = [module.training for module in model.modules()]
     norm_pairs(model)
     assert [module.training for module in model.modules()] == modes
+
+
+def test_a_linear_whose_norm_may_stand_along_another_axis_is_left_alone() -> None:
+    torch.manual_seed(0)
+    model = trained(nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6)), 6, 8)
+    x = torch.randn(3, 6, 8)
+    expected = model(x)
+    prepare(model, "w8a8-static")
+    set_phase(model, Phase.FLOAT)
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+class Rectified(nn.Conv2d):
+    """A convolution and what is not linear, in one layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(F.conv2d(x, self.weight, self.bias))
+
+
+class Bent(nn.Conv2d):
+    """The stock forward, but not the stock product."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.relu(super()._conv_forward(input, weight, bias))
+
+
+@pytest.mark.parametrize("kind", [Rectified, Bent])
+def test_a_layer_that_is_more_than_its_product_is_not_folded(kind: type[nn.Conv2d]) -> None:
+    torch.manual_seed(0)
+    model, x = trained(nn.Sequential(kind(3, 4, 3), nn.BatchNorm2d(4)), 3, 8, 8), images()
+    expected = model(x)
+    prepare(model, "w8a8-static")
+    assert not folds(model)
+    set_phase(model, Phase.FLOAT)
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("kind", [Rectified, Bent])
+def test_no_shift_is_added_inside_such_a_layer_where_a_checkpoint_folded_it(kind: type[nn.Conv2d]) -> None:
+    torch.manual_seed(0)
+    x = images()
+    model = calibrate(nn.Sequential(kind(3, 4, 3), nn.BatchNorm2d(4)).eval(), "w8a8-static", [x], progress=False)
+    with torch.no_grad():
+        model[1].running_var.fill_(1 - model[1].eps)
+        model[1].bias.fill_(0.5)
+    set_folds(model, [["0", "1"]])
+    expected = model(x).detach()
+    convert(model)
+    assert not folds(model)[0].absorbed
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("learn_scales", [False, True])
@@ -159,7 +211,8 @@ def test_what_is_trained_is_what_ships(learn_scales: bool, tmp_path) -> None:
     save_converted(model, tmp_path)
     other = load_converted(residual(), tmp_path)
     assert torch.equal(other(x), model(x))
-    assert torch.equal(other.train()(x), model(x)), "frozen here too"
+    other.train().fc_bn.eval()
+    assert torch.equal(other(x), model(x)), "frozen here too"
     for copied in (copy.deepcopy(model), pickled(model)):
         assert torch.equal(copied(x), model(x))
     half = model.bfloat16()(x.bfloat16()).float()
@@ -206,6 +259,17 @@ def test_a_checkpoint_says_what_is_folded() -> None:
     assert not folds(other)
 
 
+def test_a_checkpoint_fits_a_compiled_model_and_back() -> None:
+    plain = calibrate(residual(), "w8a8-static", [images()], progress=False)
+    state = quantizer_state(plain)
+    compiled = torch.compile(prepare(residual(), "w8a8-static", phase=Phase.OBSERVING, observer=state["observer"]))
+    load_quantizer_state(compiled, state)
+    assert len(folds(compiled)) == len(PAIRS)
+    assert quantizer_state(compiled)["folded"] == state["folded"]
+    load_quantizer_state(plain, quantizer_state(compiled))
+    assert len(folds(plain)) == len(PAIRS)
+
+
 def test_learned_scales_start_from_the_folded_weight() -> None:
     model = prepare(residual(), "w8a8-static", learn_scales=True)
     quantizer = quantizers(model)["block.conv1"]
@@ -213,11 +277,12 @@ def test_learned_scales_start_from_the_folded_weight() -> None:
     torch.testing.assert_close(quantizer.qparams(model.block.conv1.weight)[0], expected, rtol=2**-8, atol=0)
 
 
-def test_a_conversion_that_fails_takes_the_fold_back_to_the_bit() -> None:
+@pytest.mark.parametrize("reversible", [True, False])
+def test_a_conversion_that_fails_takes_the_fold_back_to_the_bit(reversible: bool) -> None:
     model, x = residual(), images()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(Exception, match="saw no activation"):
-        convert(model, "w8a8-static")
+        convert(model, "w8a8-static", reversible=reversible)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert not folds(model)
     prepare(model, "w8a8-static")
@@ -225,7 +290,7 @@ def test_a_conversion_that_fails_takes_the_fold_back_to_the_bit() -> None:
         model(x)
     expected = model(x)
     with pytest.raises(ConversionError, match=r"stem\.0: the inputs given have shape"):
-        convert(model, inputs={"stem.0": torch.randn(4, 27)})
+        convert(model, inputs={"stem.0": torch.randn(4, 27)}, reversible=reversible)
     assert torch.equal(model(x), expected)
     unprepare(model)
     assert not any(isinstance(module, FoldedNorm) for module in model.modules())

@@ -22,6 +22,7 @@ from qat_plugin.qat import (
     plan_of,
     quantizer_state,
 )
+from qat_plugin.qat.grid import LearnedGrid
 from qat_plugin.scheme import Scheme
 from tests.qat.models import MLP, batch
 
@@ -161,3 +162,17 @@ def test_symmetric_grids_of_few_bits_are_advised_against() -> None:
     low = plan_of(prepare(MLP(), {"up": "w3a16-g32", "down": "w4a16-g32"}))
     assert "w3a16-g32-asym instead of w3a16-g32" in low_bit_advice(low)
     assert low_bit_advice(plan_of(prepare(MLP(), {"up": "w2a16-g32-asym", "down": "w4a16-g32"}))) == ""
+
+
+@pytest.mark.parametrize("spelling", ["w8a8-static", "w4a8-static-g8", "w4a8-static-g8-asym"])
+def test_a_grid_follows_rows_that_are_multiplied(spelling: str) -> None:
+    torch.manual_seed(0)
+    scheme, weight, gain = Scheme.parse(spelling), torch.randn(5, 32), torch.tensor([2.0, -1.0, 0.0, -0.5, 1.0])
+    grid = LearnedGrid(*choose_qparams(weight, scheme), scheme, learn_zero_points=not scheme.symmetric)
+    if grid.zero_shift is not None:
+        torch.nn.init.constant_(grid.zero_shift, 1 / scheme.qmax)
+    before = quantize(weight, *grid.qparams(), scheme).dequantize()
+    grid.follow(gain.double())
+    assert bool((grid.unit != 0).all())
+    after = quantize(weight * gain[:, None], *grid.qparams(), scheme).dequantize()
+    torch.testing.assert_close(after, before * gain[:, None], rtol=0, atol=0)
