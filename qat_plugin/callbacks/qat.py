@@ -225,9 +225,9 @@ class QuantizationAwareTraining(ResumingCallback):
         if self._weights == "best" and not _saves_nothing(trainer):
             self._load_best(trainer, pl_module)
         if get_phase(pl_module) in (Phase.FLOAT, Phase.OBSERVING):
-            rank_zero_warn(
-                "fake quantization never ran on these weights: converting them is post-training quantization"
-            )
+            rank_zero_warn("fake quantization never ran on these weights: this is post-training quantization")
+            set_phase(pl_module, Phase.FAKE_QUANTIZED)  # folds BatchNorms, whose weights learned scales begin from
+            begin_scales(pl_module)
         convert(pl_module, inputs=self._inputs, dtype=self._dtype)
         rank_zero_info(f"QuantizationAwareTraining: {proof_of(pl_module)}")
 
@@ -325,8 +325,7 @@ class QuantizationAwareTraining(ResumingCallback):
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         plan = self._plan(trainer, pl_module)
         phase = Phase.FAKE_QUANTIZED if self._schedule.start == 0 else Phase.FLOAT
-        options: dict[str, Any] = {**self._learning, "initial": self._initial, "observer": self._observer}
-        prepare(pl_module, plan, phase=phase, **options)
+        prepare(pl_module, plan, phase=phase, initial=self._initial, observer=self._observer, **self._learning)
         rank_zero_info(f"QuantizationAwareTraining: {plan.summary()}{_folded(pl_module)}")
         if advice := low_bit_advice(plan):
             rank_zero_warn(f"QuantizationAwareTraining: {advice}")
