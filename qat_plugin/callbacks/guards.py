@@ -5,8 +5,13 @@ from __future__ import annotations
 import lightning as L
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch import nn
 
+from qat_plugin.callbacks.schedule import Schedule
 from qat_plugin.errors import ConfigError
+from qat_plugin.qat.folded import FoldedNorm
+from qat_plugin.qat.layers import ATTRIBUTE
+from qat_plugin.qat.pairs import norm_pairs
 
 _SHARDING = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
@@ -52,4 +57,25 @@ def check_other_callbacks(trainer: L.Trainer, callback: Callback) -> None:
             raise ConfigError(
                 f"{type(other).__name__} copies the module when it is set up: list {type(callback).__name__} before "
                 "it, so that the copy is prepared too"
+            )
+
+
+def check_averaging(trainer: L.Trainer, model: nn.Module, schedule: Schedule) -> None:
+    """Raise where BatchNorms of a prepared model are to be folded while weights are averaged over the steps.
+
+    Raises:
+        ConfigError: naming the callback, a layer and the ways that work.
+    """
+    averaging = (WeightAveraging, StochasticWeightAveraging)
+    found = [type(other).__name__ for other in trainer.callbacks if isinstance(other, averaging)]  # type: ignore[attr-defined]
+    if not found or (schedule.start == 0 and schedule.freeze is None):
+        return
+    for layer, norm in norm_pairs(model).items():
+        quantizer = getattr(layer, ATTRIBUTE, None)
+        if quantizer is not None and quantizer.scheme.static and not isinstance(norm, FoldedNorm):
+            raise ConfigError(
+                f"{found[0]} averages weights over the steps, and with start={schedule.start}, "
+                f"freeze={schedule.freeze} the BatchNorm behind {quantizer.layer.name} ({quantizer.scheme}) is folded "
+                "into it on the way: weights from before and after the fold cannot be averaged. Train from a network "
+                "whose BatchNorms have seen data with start=0, or leave weight averaging out"
             )

@@ -30,6 +30,7 @@ from qat_plugin.policy import Plan, Policy, PolicyLike
 from qat_plugin.ptq import METHODS, calibrate
 from qat_plugin.ptq.feeding import feed
 from qat_plugin.qat import capture_inputs, is_prepared, observing, prepare, unprepare
+from qat_plugin.qat.folding import Unfolded, foldable
 
 _DTYPES: Final[dict[str, torch.dtype]] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SET_HERE: Final = frozenset({"model", "plan", "batches", "method", "observer"})
@@ -96,6 +97,7 @@ class PostTrainingQuantization(Callback):
         self._dtype = None if dtype is None else _DTYPES[dtype]
         self._dataloader = dataloader
         self._calibrated: nn.Module | None = None  # the module that this callback prepared and did not convert
+        self._unfolded: Unfolded | None = None  # its numbers before BatchNorms were folded
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -115,12 +117,13 @@ class PostTrainingQuantization(Callback):
             )
         if self._calibrated is pl_module and is_prepared(pl_module):
             unprepare(pl_module)
+            self._take_folds_back(pl_module, self._unfolded)
         if is_prepared(pl_module):
             raise ConfigError(
                 f"{type(pl_module).__name__} is prepared for quantization-aware training: use that callback, or "
                 "qat_plugin.unprepare(module) first"
             )
-        self._calibrated = None
+        self._calibrated = self._unfolded = None
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -172,6 +175,7 @@ class PostTrainingQuantization(Callback):
                 f"{type(pl_module).__name__} is prepared already: call qat_plugin.unprepare(module) first"
             )
         plan = self._plan(trainer, pl_module)
+        unfolded = Unfolded(pl_module)
         prepare(pl_module, plan, observer=self._observer)
         try:
             basis, inputs = self._calibrate(trainer, pl_module)
@@ -179,10 +183,26 @@ class PostTrainingQuantization(Callback):
                 convert(pl_module, inputs=inputs, dtype=self._dtype)
         except BaseException:
             unprepare(pl_module)
+            self._take_folds_back(pl_module, unfolded)
             raise
-        self._calibrated = None if self._convert else pl_module
+        self._calibrated, self._unfolded = (None, None) if self._convert else (pl_module, unfolded)
         result = proof_of(pl_module) if self._convert else plan.summary()
         rank_zero_info(f"PostTrainingQuantization: {self._method}, {basis}: {result}")
+
+    def _take_folds_back(self, pl_module: L.LightningModule, unfolded: Unfolded | None) -> None:
+        """Give BatchNorms and their layers the numbers that they had; call it when nothing is prepared any more.
+
+        Methods with input scales have moved these between layers: one of them alone cannot be put back.
+        """
+        if unfolded is None:
+            return
+        if METHODS[self._method].scaling is None:
+            unfolded.restore()
+        elif foldable(pl_module):
+            rank_zero_warn(
+                f"{self._method} has moved scales between layers: what it folded of {type(pl_module).__name__} stays "
+                "folded; load its weights anew before you train it"
+            )
 
     def _calibrate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[str, dict[str, torch.Tensor]]:
         """Calibrate a prepared module; on what it was, and a few real inputs of its layers."""

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from qat_plugin.callbacks.guards import check_other_callbacks, check_strategy
+from qat_plugin.callbacks.guards import check_averaging, check_other_callbacks, check_strategy
 from qat_plugin.callbacks.resuming import ResumingCallback, after_configure_model
 from qat_plugin.callbacks.scale_groups import check_rate, split_scales
 from qat_plugin.callbacks.schedule import Schedule, Steps
@@ -225,9 +225,9 @@ class QuantizationAwareTraining(ResumingCallback):
         if self._weights == "best" and not _saves_nothing(trainer):
             self._load_best(trainer, pl_module)
         if get_phase(pl_module) in (Phase.FLOAT, Phase.OBSERVING):
-            rank_zero_warn(
-                "fake quantization never ran on these weights: converting them is post-training quantization"
-            )
+            rank_zero_warn("fake quantization never ran on these weights: this is post-training quantization")
+            set_phase(pl_module, Phase.FAKE_QUANTIZED)  # folds BatchNorms, whose weights learned scales begin from
+            begin_scales(pl_module)
         convert(pl_module, inputs=self._inputs, dtype=self._dtype)
         rank_zero_info(f"QuantizationAwareTraining: {proof_of(pl_module)}")
 
@@ -289,6 +289,7 @@ class QuantizationAwareTraining(ResumingCallback):
 
     def _check_prepared(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Raise when a module that was prepared before is to be trained otherwise than it was prepared."""
+        check_averaging(trainer, pl_module, self._schedule)
         there = {layer.name: layer.scheme for layer in plan_of(pl_module).quantized}
         here = {layer.name: layer.scheme for layer in self._plan(trainer, pl_module).quantized}
         way = "Use the same arguments, or qat_plugin.unprepare(module) first"
@@ -325,8 +326,8 @@ class QuantizationAwareTraining(ResumingCallback):
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         plan = self._plan(trainer, pl_module)
         phase = Phase.FAKE_QUANTIZED if self._schedule.start == 0 else Phase.FLOAT
-        options: dict[str, Any] = {**self._learning, "initial": self._initial, "observer": self._observer}
-        prepare(pl_module, plan, phase=phase, **options)
+        prepare(pl_module, plan, phase=phase, initial=self._initial, observer=self._observer, **self._learning)
+        check_averaging(trainer, pl_module, self._schedule)
         rank_zero_info(f"QuantizationAwareTraining: {plan.summary()}{_folded(pl_module)}")
         if advice := low_bit_advice(plan):
             rank_zero_warn(f"QuantizationAwareTraining: {advice}")

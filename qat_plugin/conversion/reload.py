@@ -20,6 +20,7 @@ from qat_plugin.observers.factory import observed_scale
 from qat_plugin.observers.spelling import DEFAULT_FOR_TRAINING
 from qat_plugin.policy import Candidate, candidates
 from qat_plugin.qat.folded import fold_state_dict, folds
+from qat_plugin.qat.quantizer import Phase
 from qat_plugin.qat.state import observer_in
 from qat_plugin.scheme import Scheme
 
@@ -143,6 +144,7 @@ def _states(state: Mapping[str, Any] | None, layers: Mapping[str, Candidate]) ->
         return {}
     try:
         entries = {name: dict(state["layers"][name]) for name in layers}
+        begun = Phase(state["phase"]) in (Phase.FAKE_QUANTIZED, Phase.FROZEN)
         schemes = {entry["name"]: entry["scheme"] for entry in state["plan"]}
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
@@ -165,4 +167,8 @@ def _states(state: Mapping[str, Any] | None, layers: Mapping[str, Candidate]) ->
             there = _shape(entries[name].get(key))
             if there not in (None, here):
                 raise CheckpointError(f"{name}: the quantizer state's {key} has shape {there}, not {here}")
+    if not begun:  # learned scales begin with fake quantization: until then they are of other weights
+        for entry in entries.values():
+            entry.pop("scale", None)
+            entry.pop("zero_point", None)
     return entries

@@ -19,7 +19,9 @@ from qat_plugin.config.schema import Config
 from qat_plugin.conversion import convert, load_converted, proof_of, save_converted
 from qat_plugin.measure import file_bytes, model_bytes, model_latency, parameter_count, sqnr_by_layer
 from qat_plugin.policy import Plan, clean_name
-from qat_plugin.qat import capture_inputs
+from qat_plugin.ptq.methods import method_named
+from qat_plugin.ptq.results import Calibration
+from qat_plugin.qat import capture_inputs, folds
 from qat_plugin.report import Report, Row
 from qat_plugin.runs.bf16 import in_bf16
 from qat_plugin.runs.folder import RunFolder
@@ -105,7 +107,7 @@ class Rungs:
     def _convert(self, network: nn.Module, plan: Plan | None = None) -> None:
         """Convert a network (prepared, or by a plan), save it, and measure what was saved."""
         planned = self.plan if plan is None else plan
-        floats = {name: weight.clone() for name, weight in _weights(network, planned).items()}
+        floats = self._floats(network, planned)
         with capture_inputs(network) as inputs:
             self.subject.evaluate(network, None, self.subject.training_batches(1))
         convert(network, inputs=inputs)
@@ -118,6 +120,29 @@ class Rungs:
             proof=tuple(proof_of(network).to_list()),
             sqnr=sqnr_by_layer(floats, _weights(network, planned)),
         )
+
+    def _floats(self, network: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
+        """The float weights that integers are compared with, by layer; before ``network`` is converted.
+
+        Calibration has written its numbers into the network, whose float weights are those of a new one. Left out are
+        layers that are no longer comparable with these: behind which a BatchNorm was folded, and all of a method
+        that moves scales between layers.
+        """
+        calibration = getattr(network, "_qat_calibration", None)
+        if not isinstance(calibration, Calibration):
+            return {name: weight.clone() for name, weight in _weights(network, plan).items()}
+        fresh = self._reference if self._reference is not None else network_of(self.subject.build())
+        weights = _weights(fresh, plan)
+        if method_named(calibration.method).scaling is not None:
+            compared = {}
+        else:
+            folded = {clean_name(fold.names[0]) for fold in folds(network)}
+            compared = {name: weight.clone() for name, weight in weights.items() if name not in folded}
+        if left_out := len(weights) - len(compared):
+            say(
+                f"SQNR of the weights: without {left_out} of {len(weights)} layers, whose weights were scaled or folded"
+            )
+        return compared
 
     def _reloaded(self) -> None:
         network = self._from_disk()

@@ -31,6 +31,8 @@ from qat_plugin.qat import (
     reusing_weights,
     unprepare,
 )  # fmt: skip
+from qat_plugin.qat.folded import folds
+from qat_plugin.qat.folding import Unfolded
 from qat_plugin.qat.layers import current_weight
 from qat_plugin.scheme import Scheme
 
@@ -57,7 +59,7 @@ class Measure:
     """Measures assignments on one model and one set of batches.
 
     The float model's logits are computed once. The model is prepared for each assignment and is as it was afterwards:
-    parameters, classes, modes, the random state.
+    parameters, buffers, classes, modes, the random state.
 
     Args:
         model: float; returns logits [B, T, V] or [B, C], or an object with ``logits``.
@@ -201,15 +203,20 @@ class Measure:
 
     @contextmanager
     def _restoring(self, layers: Sequence[LayerPlan]) -> Iterator[None]:
-        """Put the weights of these layers back afterwards."""
+        """Put the weights of these layers back afterwards, and what was folded: norms, their layers, their modes."""
+        modes = {module: module.training for module in self.model.modules()}
+        unfolded = Unfolded(self.model)
         modules = dict(_by_name(self.model, {layer.name for layer in layers}))
         weights = {name: current_weight(module).detach().clone() for name, module in modules.items()}
         try:
             yield
         finally:
+            unfolded.restore()
             with torch.no_grad():
                 for name, weight in weights.items():
                     current_weight(modules[name]).copy_(weight)
+            for module, training in modes.items():
+                module.training = training
 
     def _calibrate(self, plan: Plan) -> None:
         """Find the integers of every layer of a plan, and check that nothing else was changed."""
@@ -226,9 +233,15 @@ class Measure:
                     if quantizer.scheme.is_integer:
                         integers = quantizer.integers(current_weight(modules[name]).detach())
                         self._integers[name, quantizer.scheme] = integers
+                parts = [part for fold in folds(self.model) for part in (fold.layer, fold.norm)]
+                folded = {id(p) for part in parts for p in part.parameters(recurse=False)}  # put back with the weights
+                changed = [
+                    n
+                    for n, p in self.model.named_parameters()
+                    if n in others and id(p) not in folded and not torch.equal(p, others[n])
+                ]
             finally:
                 unprepare(self.model)
-        changed = [n for n, p in self.model.named_parameters() if n in others and not torch.equal(p, others[n])]
         if changed or not stands_alone:
             with torch.no_grad():
                 for name, parameter in self.model.named_parameters():

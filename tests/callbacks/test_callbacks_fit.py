@@ -320,6 +320,24 @@ def test_the_best_weights_are_converted(tmp_path: Path, options: dict[str, Any])
     assert not any(torch.equal(now[name], final[name]) for name in final)
 
 
+def test_learned_scales_of_a_best_checkpoint_from_before_the_start_are_those_of_its_weights(tmp_path: Path) -> None:
+    """Its grid has not begun: it would be that of the weights before training."""
+    torch.manual_seed(0)
+    best = ModelCheckpoint(tmp_path, monitor="val_loss", filename="best")
+    module = Worsening(learning_rate=0.1)
+    qat = QuantizationAwareTraining("w4a16-g32", weights="best", start=4, learn_scales=True)
+    run = trainer(tmp_path, qat, best, max_steps=-1, max_epochs=3, limit_train_batches=3)
+    run.fit(module, loader(), loader())
+    plain = Worsening()
+    plain.load_state_dict(checkpoint(best.best_model_path)["state_dict"])
+    expected, now = dequantized(convert(plain, "w4a16-g32")), dequantized(module)
+    for name, value in expected.items():
+        torch.testing.assert_close(now[name], value, msg=name)
+    run.test(module, loader(), ckpt_path="best", verbose=False)  # reloads the float checkpoint
+    for name, value in expected.items():
+        torch.testing.assert_close(dequantized(module)[name], value, msg=name)
+
+
 def test_converting_can_be_left_to_the_user(tmp_path: Path) -> None:
     module = Classifier()
     run = trainer(tmp_path, QuantizationAwareTraining("w4a8-g32", convert=False))

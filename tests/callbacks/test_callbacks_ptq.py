@@ -64,6 +64,44 @@ class Mappings(torch.utils.data.Dataset[dict[str, Tensor]]):
         return dict(zip(self.names, vectors()[index], strict=True))
 
 
+class Normed(Classifier):
+    """With a BatchNorm that has seen batches."""
+
+    def build(self) -> None:
+        self.net = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 4))
+        with torch.no_grad():
+            for batch in loader():
+                self.net(2 * batch[0] + 1)
+
+
+class TestFoldedNorms:
+    def numbers(self, subject: Classifier) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in subject.state_dict().items()}
+
+    def test_a_fit_after_a_validation_trains_the_network_as_it_was_before_the_fold(self, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        subject, callback = Normed(), PostTrainingQuantization(STATIC, convert=False)
+        before = self.numbers(subject)
+        trainer(tmp_path, callback).validate(subject, loader(), verbose=False)
+        assert not torch.equal(subject.net[0].weight, before["net.0.weight"])  # folded
+        run = trainer(tmp_path, callback, max_steps=0)
+        callback.setup(run, subject, "fit")
+        assert not is_prepared(subject)
+        for name, value in self.numbers(subject).items():
+            assert torch.equal(value, before[name]), name
+
+    def test_a_failure_takes_the_folds_back(self, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        subject = Normed()
+        before = self.numbers(subject)
+        bad = [[torch.full((8, 64), torch.nan), torch.zeros(8, dtype=torch.long)]]
+        with pytest.raises(DataError):
+            trainer(tmp_path, PostTrainingQuantization(STATIC, dataloader=bad)).validate(subject, loader())
+        assert not is_prepared(subject)
+        for name, value in self.numbers(subject).items():
+            assert torch.equal(value, before[name]), name
+
+
 class TestAfterAFit:
     @pytest.mark.parametrize("built_in", ["__init__", "setup", "configure_model"])
     def test_the_trained_module_ends_on_integer_kernels_that_were_proven_on_real_inputs(

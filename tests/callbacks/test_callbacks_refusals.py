@@ -121,6 +121,26 @@ def test_averaging_listed_after_is_averaged_and_converted(tmp_path: Path) -> Non
     assert is_converted(module) and len(proof_of(module).layers) == 3
 
 
+class Normed(Classifier):
+    def build(self) -> None:
+        self.net = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 4))
+        self.net[:2](torch.randn(16, 64))  # statistics, so that start=0 folds
+
+
+@pytest.mark.parametrize("make", [EMAWeightAveraging, lambda: StochasticWeightAveraging(1e-3)], ids=["ema", "swa"])
+def test_averaging_over_a_fold_of_batch_norms(tmp_path: Path, make: Any) -> None:
+    static = QuantizationAwareTraining("w8a8-static", start=2)
+    match = r"start=2.* BatchNorm behind net.0 \(w8a8-static\) is folded .* start=0, or leave weight averaging out"
+    refused(tmp_path, Normed(), static, make(), error=ConfigError, match=match)
+
+
+@pytest.mark.parametrize(("policy", "start"), [("w8a8-static", 0), ("w8a8", 2)])
+def test_averaging_where_nothing_is_folded_on_the_way(tmp_path: Path, policy: str, start: int) -> None:
+    module = Normed()
+    trainer(tmp_path, QuantizationAwareTraining(policy, start=start), EMAWeightAveraging()).fit(module, loader())
+    assert is_converted(module)
+
+
 def test_two_policies_in_one_run(tmp_path: Path) -> None:
     both = QuantizationAwareTraining("w8a8"), QuantizationAwareTraining("w4a8-g32")
     refused(tmp_path, Classifier(), *both, error=PrepareError, match="already prepared")

@@ -280,3 +280,13 @@ def test_doctor(qat: Qat, mine: tuple[str, ...]) -> None:
     assert done.code == 0
     for text in ("Versions", "AVX", "avx512_vnni", "g++", "cache", "w4a16-g32", "Not tested here"):
         assert text in done.out
+
+
+@pytest.mark.parametrize("method", ["gptq", "mse", "awq"])
+def test_weights_are_compared_with_those_before_calibration(method: str, qat: Qat, mine: tuple[str, ...]) -> None:
+    done = qat(*mine, "run.dir=here", f"ptq.method={method}", "task.stages=[float,ptq,converted]")
+    assert done.code == 0, done.err
+    found = read_report(Path("here", "report.json")).sqnr
+    assert set(found) == (set() if method == "awq" else {"layers.0", "layers.3"})
+    assert all(10 < value < 40 for value in found.values())
+    assert ("without 2 of 2 layers" in done.err + done.out) == (method == "awq")

@@ -16,6 +16,7 @@ from qat_plugin.numerics import round_to_nearest
 from qat_plugin.ptq import METHODS
 from qat_plugin.scheme import Scheme
 from qat_plugin.sensitivity import Entry, Measure, Sensitivity, choices_of, rank_layers, ranked
+from tests.qat.images import residual
 
 from .subjects import assert_untouched, images, llama, snapshot, text
 
@@ -230,3 +231,13 @@ def test_mistakes(classifier: nn.Module) -> None:
         rank_layers(classifier, images(1), SCHEMES, keep=["no_such_layer"])
     with pytest.raises(DataError, match="none of them fits"):
         rank_layers(llama(), [{"pixels": torch.zeros(1)}], SCHEMES)
+
+
+@pytest.mark.parametrize("quantize", ["rtn", "gptq"])
+def test_batch_norms_that_were_folded_while_measuring_are_as_they_were(quantize: str) -> None:
+    model, batches = residual(), [torch.randn(8, 3, 8, 8) for _ in range(2)]
+    model.fc_bn.train()
+    before = snapshot(model)
+    found = rank_layers(model, batches, ["w8a8-static"], quantize=quantize, progress=False)
+    assert all(0 <= entry.damage < 0.5 for entry in found.entries)
+    assert_untouched(model, before)
