@@ -68,7 +68,9 @@ class Normed(Classifier):
     """With a BatchNorm that has seen batches."""
 
     def build(self) -> None:
-        self.net = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 4))
+        self.net = nn.Sequential(
+            nn.Unflatten(1, (4, 16)), nn.Conv1d(4, 8, 3), nn.BatchNorm1d(8), nn.ReLU(), nn.Flatten(), nn.Linear(112, 4)
+        )
         with torch.no_grad():
             for batch in loader():
                 self.net(2 * batch[0] + 1)
@@ -83,7 +85,7 @@ class TestFoldedNorms:
         subject, callback = Normed(), PostTrainingQuantization(STATIC, convert=False)
         before = self.numbers(subject)
         trainer(tmp_path, callback).validate(subject, loader(), verbose=False)
-        assert not torch.equal(subject.net[0].weight, before["net.0.weight"])  # folded
+        assert not torch.equal(subject.net[1].weight, before["net.1.weight"])  # folded
         run = trainer(tmp_path, callback, max_steps=0)
         callback.setup(run, subject, "fit")
         assert not is_prepared(subject)

@@ -123,14 +123,16 @@ def test_averaging_listed_after_is_averaged_and_converted(tmp_path: Path) -> Non
 
 class Normed(Classifier):
     def build(self) -> None:
-        self.net = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 4))
-        self.net[:2](torch.randn(16, 64))  # statistics, so that start=0 folds
+        self.net = nn.Sequential(
+            nn.Unflatten(1, (4, 16)), nn.Conv1d(4, 8, 3), nn.BatchNorm1d(8), nn.ReLU(), nn.Flatten(), nn.Linear(112, 4)
+        )
+        self.net[:3](torch.randn(16, 64))  # statistics, so that start=0 folds
 
 
 @pytest.mark.parametrize("make", [EMAWeightAveraging, lambda: StochasticWeightAveraging(1e-3)], ids=["ema", "swa"])
 def test_averaging_over_a_fold_of_batch_norms(tmp_path: Path, make: Any) -> None:
     static = QuantizationAwareTraining("w8a8-static", start=2)
-    match = r"start=2.* BatchNorm behind net.0 \(w8a8-static\) is folded .* start=0, or leave weight averaging out"
+    match = r"start=2.* BatchNorm behind net.1 \(w8a8-static\) is folded .* start=0, or leave weight averaging out"
     refused(tmp_path, Normed(), static, make(), error=ConfigError, match=match)
 
 
