@@ -12,9 +12,9 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "qat_plugin"
 # A room imports only rooms above it.
 ROOMS = (
-    "errors", "cache", "scheme", "native", "numerics", "learned", "grid_search", "fused", "losses", "kernels", "policy",
-    "observers", "qat", "conversion", "inference", "measure", "ptq", "sensitivity", "report", "qlora", "data", "models",
-    "callbacks", "config", "runs", "__main__",
+    "errors", "atomic", "cache", "scheme", "native", "numerics", "learned", "grid_search", "fused", "losses", "kernels",
+    "policy", "observers", "qat", "conversion", "inference", "measure", "ptq", "sensitivity", "report", "qlora",
+    "exporting", "data", "models", "callbacks", "config", "runs", "__main__",
 )  # fmt: skip
 HEAVY = {"lightning", "hydra", "omegaconf", "transformers", "tokenizers", "peft", "bitsandbytes", "torchao", "rich"}
 # third parties that a room may import at the top of a module

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat_plugin.atomic import replacing, write_text
 from qat_plugin.conversion.absorb import absorb_norms
 from qat_plugin.conversion.convert import Conversion, conversion_of, is_converted
 from qat_plugin.conversion.frozen import refuse_training
@@ -66,10 +66,9 @@ def save_converted(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     text = json.dumps(header | {"sha256": _digest(tensors)})
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _replacing(folder / WEIGHTS) as temporary:
+        with replacing(folder / WEIGHTS) as temporary:
             save_file(tensors, temporary, metadata={"qat_plugin": _sha256(text) + text})
-        with _replacing(folder / PLAN) as temporary:
-            Path(temporary).write_text(json.dumps(header["plan"], indent=1) + "\n", encoding="utf-8")
+        write_text(folder / PLAN, json.dumps(header["plan"], indent=1) + "\n")
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"cannot save the converted model in {folder}: {reason}") from error
@@ -88,31 +87,6 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-class _replacing:
-    """A temporary file beside ``target`` that takes its place when the block ends well, and vanishes otherwise."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __enter__(self) -> str:
-        handle, self.temporary = tempfile.mkstemp(dir=self.target.parent, prefix=f".{self.target.name}.")
-        os.close(handle)
-        return self.temporary
-
-    def __exit__(self, failure: Any, *_: Any) -> None:
-        if failure is None:
-            os.chmod(self.temporary, 0o666 & ~_umask())
-            os.replace(self.temporary, self.target)
-        elif os.path.exists(self.temporary):
-            os.unlink(self.temporary)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def _flatten(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:

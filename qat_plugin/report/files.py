@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from qat_plugin.atomic import write_text
 from qat_plugin.errors import ConfigError
 from qat_plugin.report.json import to_json
 from qat_plugin.report.markdown import to_markdown
@@ -20,20 +20,10 @@ def write_report(report: Report, directory: str | Path) -> tuple[Path, Path]:
     folder = Path(directory)
     texts = {"report.json": to_json(report), "report.md": to_markdown(report)}  # both rendered before either is written
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = [_write(folder / name, text) for name, text in texts.items()]
+        for name, text in texts.items():
+            write_text(folder / name, text)
     except OSError as error:
         raise ConfigError(
             f"cannot write the report into {str(folder)!r}: {error.strerror}; choose another output folder"
         ) from error
-    return paths[0], paths[1]
-
-
-def _write(path: Path, text: str) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return folder / "report.json", folder / "report.md"

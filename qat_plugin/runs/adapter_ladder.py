@@ -25,6 +25,7 @@ from torch import nn
 
 from qat_plugin import qlora
 from qat_plugin import report as reporting
+from qat_plugin.atomic import replacing
 from qat_plugin.callbacks import QLoRAFinetuning
 from qat_plugin.config.schema import Config
 from qat_plugin.measure import model_bytes
@@ -32,7 +33,6 @@ from qat_plugin.policy import Policy
 from qat_plugin.qat import load_quantizer_state, prepare, quantizer_state
 from qat_plugin.qlora.merge import survival_table
 from qat_plugin.qlora.merge_files import updated_weights
-from qat_plugin.runs.atomic import replacing
 from qat_plugin.runs.base_policy import base_policy
 from qat_plugin.runs.folder import ADAPTER, MERGED
 from qat_plugin.runs.planning import adapter_options

@@ -14,10 +14,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
+from qat_plugin.atomic import write_text
 from qat_plugin.config.schema import Config
 from qat_plugin.errors import CheckpointError, ConfigError, QatError
 from qat_plugin.policy import Policy, human_bytes
-from qat_plugin.runs.atomic import write_text
 from qat_plugin.runs.base_policy import check_scheme
 from qat_plugin.runs.folder import RunFolder
 from qat_plugin.runs.journal import say

@@ -26,10 +26,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final
 
+from qat_plugin.atomic import write_text
 from qat_plugin.config.schema import Config
 from qat_plugin.config.typed import config_hash, differences, recipe_text, significant
 from qat_plugin.errors import ConfigError
-from qat_plugin.runs.atomic import write_text
 from qat_plugin.runs.record import FILE, Record, sha256_of
 
 RECIPE: Final = "recipe.yaml"

@@ -19,7 +19,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from typing_extensions import override
 
-from qat_plugin.runs.atomic import replacing
+from qat_plugin.atomic import replacing
 
 EXIT_CODE: Final = 130
 _STDERR: Final = 2  # written to by its number: Python's own streams must not be entered from a handler

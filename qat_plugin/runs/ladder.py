@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from qat_plugin import report as reporting
+from qat_plugin.atomic import replacing
 from qat_plugin.callbacks import ExactResume, QuantizationAwareTraining, QuantizationMonitor
 from qat_plugin.config.schema import Config
 from qat_plugin.errors import ConfigError
@@ -23,7 +24,6 @@ from qat_plugin.policy import Plan
 from qat_plugin.ptq import GptqOptions, calibrate, calibration_of
 from qat_plugin.qat import Phase, load_quantizer_state, low_bit_advice, prepare, quantizer_state
 from qat_plugin.qat.state import observer_in
-from qat_plugin.runs.atomic import replacing
 from qat_plugin.runs.journal import say
 from qat_plugin.runs.rungs import Rungs
 from qat_plugin.runs.subject import casting_inputs, name_prefix, network_of

@@ -14,10 +14,10 @@ from typing import Any, Final
 from torch import nn
 
 from qat_plugin import report as reporting
+from qat_plugin.atomic import write_text
 from qat_plugin.errors import PolicyError
 from qat_plugin.policy import Plan
 from qat_plugin.report import Row
-from qat_plugin.runs.atomic import write_text
 from qat_plugin.runs.choosing import chosen_policy
 from qat_plugin.runs.journal import say
 from qat_plugin.runs.ladder import Ladder

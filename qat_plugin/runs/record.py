@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from qat_plugin import fused
+from qat_plugin.atomic import write_text
 from qat_plugin.errors import CheckpointError
-from qat_plugin.runs.atomic import write_text
 
 SCHEMA: Final = "qat_plugin.run/1"
 FILE: Final = "run.json"

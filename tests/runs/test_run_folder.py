@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from qat_plugin.atomic import replacing, write_text
 from qat_plugin.config.options import AdamW, EmbeddedModel, EmbeddedText
 from qat_plugin.config.schema import Config, TrainerConfig
 from qat_plugin.errors import CheckpointError, ConfigError
-from qat_plugin.runs.atomic import replacing, write_text
 from qat_plugin.runs.folder import RunFolder, open_folder
 from qat_plugin.runs.record import Record, StageRecord, sha256_of
 
