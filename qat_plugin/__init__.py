@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qat_plugin.conversion import load_converted, save_converted
     from qat_plugin.conversion.convert import convert, is_converted, proof_of
     from qat_plugin.errors import QatError
+    from qat_plugin.exporting.reading import load
     from qat_plugin.inference import compile_for_inference
     from qat_plugin.policy import Plan, Policy
     from qat_plugin.ptq.calibrate import calibrate
@@ -43,6 +44,7 @@ _WHERE = {
     "proof_of": "conversion",
     "save_converted": "conversion",
     "QatError": "errors",
+    "load": "exporting",
     "compile_for_inference": "inference",
     "Plan": "policy",
     "Policy": "policy",
@@ -78,6 +80,7 @@ __all__ = [
     "compile_for_inference",
     "convert",
     "is_converted",
+    "load",
     "load_converted",
     "prepare",
     "proof_of",

@@ -34,6 +34,10 @@ class CheckpointError(QatError):
     """A file or a checkpoint is missing, truncated, corrupt, or belongs to another model."""
 
 
+class ExportError(QatError):
+    """A format cannot hold a model, or a written file does not hold what was trained."""
+
+
 class DataError(QatError):
     """A dataset is missing, empty, or of the wrong form."""
 

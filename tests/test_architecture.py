@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "qat_plugin"
 ROOMS = (
     "errors", "atomic", "cache", "scheme", "native", "numerics", "learned", "grid_search", "fused", "losses", "kernels",
     "policy", "observers", "qat", "conversion", "inference", "measure", "ptq", "sensitivity", "report", "qlora",
-    "exporting", "data", "models", "callbacks", "config", "runs", "__main__",
+    "data", "models", "exporting", "callbacks", "config", "runs", "__main__",
 )  # fmt: skip
 HEAVY = {"lightning", "hydra", "omegaconf", "transformers", "tokenizers", "peft", "bitsandbytes", "torchao", "rich"}
 # third parties that a room may import at the top of a module

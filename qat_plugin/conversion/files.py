@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,9 +171,34 @@ def load_converted(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Mo
         conversion = Conversion(Plan.from_list(header["plan"], header["model"]), Proof.from_list(header["proof"]))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
-    _check_fits(model, weights, ties, path)
-    _check_buffers(model, weights, path)
-    set_folds(model, header.get("folded", []))
+    return install_converted(model, weights, ties, conversion, path, folded=header.get("folded", []))
+
+
+def install_converted(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    ties: Mapping[str, str],
+    conversion: Conversion,
+    origin: Path,
+    *,
+    folded: Sequence[tuple[str, str]] = (),
+) -> nn.Module:
+    """Make a float model a converted one from tensors that were read.
+
+    Args:
+        model: float; it may be on the meta device.
+        weights: a tensor for each name of the model's state, some of them converted weights.
+        ties: name -> the name in ``weights`` whose parameter it shares.
+        conversion: the plan they follow, and its proof.
+        origin: where they were read, for messages.
+        folded: BatchNorms that are folded into their layers, as :func:`~qat_plugin.qat.folding.fold_names` lists them.
+
+    Raises:
+        CheckpointError: when names or shapes are not the model's; nothing is changed then.
+    """
+    _check_fits(model, weights, ties, origin)
+    _check_buffers(model, weights, origin)
+    set_folds(model, folded)
     refuse_training(_install(model, weights, ties))
     absorb_norms(model)
     model._qat_conversion = conversion  # type: ignore[assignment]

@@ -54,13 +54,12 @@ def empty_model(folder: Path, dtype: torch.dtype) -> Any:
             directory, or is of a model whose files are quantized already.
     """
     kind, ours = _checked_config(folder)
-    with quiet_transformers(), known_noise_dropped(), torch.random.fork_rng(devices=[]):
-        from transformers import AutoConfig, AutoModelForCausalLM
+    with quiet_transformers(), known_noise_dropped():
+        from transformers import AutoConfig
 
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            with _parameters_on_meta():
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            model = empty_from_config(config, dtype)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{folder} does not load as a causal language model (model_type {kind!r}): {first_line(error)}{ours}"
@@ -68,6 +67,16 @@ def empty_model(folder: Path, dtype: torch.dtype) -> Any:
         _load_generation_config(model, folder)
     model.config._name_or_path = str(folder)
     model.name_or_path = str(folder)
+    return model
+
+
+def empty_from_config(config: Any, dtype: torch.dtype) -> Any:
+    """The causal language model of a transformers configuration, in eval mode; parameters on the meta device."""
+    with quiet_transformers(), known_noise_dropped(), torch.random.fork_rng(devices=[]):
+        from transformers import AutoModelForCausalLM
+
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     return model.eval()
 
 

@@ -13,16 +13,17 @@ def to_markdown(report: Report) -> str:
         parts.append(f"Recipe: `{report.recipe}`")
     if report.verdict:
         parts.append("## Verdict\n\n" + "\n".join(f"* {sentence}" for sentence in report.verdict))
-    parts.extend(_table(table) for table in tables(report))
+    parts.extend(table_of(table) for table in tables(report))
     if report.environment:
         facts = tuple((name, value) for name, value in report.environment.items())
-        parts.append(_table(Table("Environment", ("what", "value"), facts, frozenset({0, 1}))))
+        parts.append(table_of(Table("Environment", ("what", "value"), facts, frozenset({0, 1}))))
     if report.command:
         parts.append(f"## Reproduce\n\n```\n{report.command}\n```")
     return "\n\n".join(parts) + "\n"
 
 
-def _table(table: Table) -> str:
+def table_of(table: Table) -> str:
+    """One table under its title."""
     rule = ["---" if index in table.text_columns else "---:" for index in range(len(table.header))]
     lines = [_line(table.header), _line(rule), *(_line([_escape(cell) for cell in row]) for row in table.rows)]
     notes = "".join(f"\n{_escape(note)}\n" for note in table.notes)

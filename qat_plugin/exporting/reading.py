@@ -1,0 +1,76 @@
+"""Reads models back: this project's exports, and files of the same formats made elsewhere."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from qat_plugin.conversion.files import PLAN, WEIGHTS
+from qat_plugin.errors import CheckpointError, DataError
+from qat_plugin.models.loading import load_causal_lm
+from qat_plugin.qlora.source import read_config
+
+_FLOAT: Final = "float"
+_READERS: Final = {
+    "converted": "native",
+    "gguf": "gguf.read",
+    "torchao": "torchao_read",
+    "compressed-tensors": "compressed_read",
+}
+
+
+def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+    """A language model from a file or folder, on this project's kernels where the grids agree.
+
+    What a file holds on one of our grids (GGUF's Q4_0, Q4_1, Q8_0; compressed-tensors' and torchao's INT4 and INT8)
+    keeps its integers and scales; everything else becomes float numbers. The result can be evaluated, or exported again
+    without loss.
+
+    Args:
+        path: a ``.gguf`` file, or a folder: an export of this project, a transformers directory whose
+            ``quantization_config`` is torchao's or compressed-tensors', or a plain float one.
+        dtype: the float type to run in.
+
+    Returns:
+        ``(model, tokenizer)``, the model in eval mode on the CPU; the tokenizer is ``None`` where the file has none.
+
+    Raises:
+        DataError: when nothing is there.
+        CheckpointError: when it is truncated, corrupt, or none of these.
+    """
+    place = Path(path).expanduser()
+    kind = kind_of(place)
+    if kind == _FLOAT:
+        return load_causal_lm(place, dtype=dtype)
+    module: Any = importlib.import_module(f"qat_plugin.exporting.{_READERS[kind]}")
+    model, tokenizer = module.read(place, dtype)
+    return model, tokenizer
+
+
+def kind_of(path: Path) -> str:
+    """What lies at a path: a key of the readers.
+
+    Raises:
+        DataError: when nothing is there.
+        CheckpointError: when it is nothing that can be read.
+    """
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(4) == b"GGUF":
+                return "gguf"
+        raise CheckpointError(f"{path} is no GGUF file (it does not begin with GGUF), and other formats are folders")
+    if not path.is_dir():
+        raise DataError(f"there is nothing at {path} (looked for {path.absolute()}); give a .gguf file or a folder")
+    if (path / PLAN).is_file() and (path / WEIGHTS).is_file():
+        return "converted"
+    method = (read_config(path).get("quantization_config") or {}).get("quant_method")
+    if method is None:
+        return _FLOAT
+    if method not in _READERS:
+        known = ", ".join(name for name in _READERS if name not in ("converted", "gguf"))
+        raise CheckpointError(f"{path} is quantized by {method!r}; what can be read here: GGUF, {known}")
+    return str(method)

@@ -1,0 +1,157 @@
+"""What reading an exported file back has shown: the same integers and scales, and outputs within a stated tolerance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from qat_plugin.errors import ExportError
+from qat_plugin.numerics import Quantized
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Of one file.
+
+    Attributes:
+        reader: what read it, with its version: an independent reader, or the runtime itself.
+        tensors: quantized tensors compared.
+        integers: the largest difference of integers (zero points included); must be 0.
+        scales: the largest difference of scales, absolute; must be 0.
+        floats: float tensors compared.
+        rounded: the largest relative difference of float tensors that the file holds in a narrower type; 0 where it
+            holds them as they are.
+        error: ``|file's outputs - model's| / |model's|`` (Euclidean norms over all outputs), or ``None`` where nothing
+            here runs the file.
+        tolerance: what ``error`` may be.
+        reason: why it is not 0, or why nothing ran the file, in a few words.
+        notes: what else was checked, or what the file does not hold.
+    """
+
+    reader: str
+    tensors: int
+    integers: float
+    scales: float
+    floats: int = 0
+    rounded: float = 0.0
+    error: float | None = None
+    tolerance: float = 0.0
+    reason: str = ""
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """One line."""
+        same = f"{self.tensors} quantized tensors read by {self.reader}: integers differ by at most {self.integers:g}"
+        parts = [f"{same}, scales by {self.scales:g}"]
+        if self.floats:
+            parts.append(f"{self.floats} float tensors by {self.rounded:.1e} relative" if self.rounded else
+                         f"{self.floats} float tensors equal")  # fmt: skip
+        if self.error is None:
+            parts.append(f"outputs not compared: {self.reason}")
+        else:
+            why = f", {self.reason}" if self.reason else ""
+            parts.append(f"outputs by {self.error:.1e} relative (allowed {self.tolerance:g}{why})")
+        return "; ".join([*parts, *self.notes])
+
+    def check(self, path: object) -> Verification:
+        """Itself.
+
+        Raises:
+            ExportError: when the file does not hold what was trained.
+        """
+        if self.integers != 0 or self.scales != 0:
+            raise ExportError(f"{path} does not hold the model's integers and scales: {self}")
+        if self.error is not None and not self.error <= self.tolerance:
+            raise ExportError(f"{path} holds the model's integers, but computes something else: {self}")
+        return self
+
+
+@dataclass
+class Comparison:
+    """Differences gathered tensor by tensor.
+
+    ::
+
+        seen = Comparison()
+        for name, layer in model.layers.items():
+            seen.quantized(name, layer.integers, q, scale, zero_point)
+        return seen.verification("transformers 5.23", error=..., tolerance=...)
+    """
+
+    _so_far: Verification = field(default_factory=lambda: Verification("", 0, 0.0, 0.0))
+
+    def quantized(self, name: str, held: Quantized, q: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> None:
+        """One quantized tensor as the file has it, all in the model's own orientation and granularity.
+
+        Args:
+            name: for the message.
+            held: the model's.
+            q: integers [out_features, in_features], any integer type.
+            scale: [out_features, groups], any float type that holds the file's own values.
+            zero_point: of the scale's shape, where the scheme has zero points.
+
+        Raises:
+            ExportError: when shapes differ, or one side has zero points.
+        """
+        if (
+            q.shape != held.q.shape
+            or scale.shape != held.scale.shape
+            or (zero_point is None) != (held.zero_point is None)
+        ):
+            raise ExportError(
+                f"{name}: the file has integers {tuple(q.shape)} and scales {tuple(scale.shape)}, the model "
+                f"{tuple(held.q.shape)} and {tuple(held.scale.shape)}"
+            )
+        integers = _largest(q.to(torch.int64) - held.q.to(torch.int64))
+        if zero_point is not None and held.zero_point is not None:
+            integers = max(integers, _largest(zero_point.to(torch.int64) - held.zero_point.to(torch.int64)))
+        scales = _largest(scale.to(torch.float64) - held.scale.to(torch.float64))
+        so_far = self._so_far
+        self._so_far = replace(
+            so_far, tensors=so_far.tensors + 1, integers=_worse(so_far.integers, integers),
+            scales=_worse(so_far.scales, scales),
+        )  # fmt: skip
+
+    def plain(self, name: str, held: Tensor, read: Tensor) -> None:
+        """One float tensor as the file has it, of the model's shape.
+
+        Raises:
+            ExportError: when shapes differ.
+        """
+        if held.shape != read.shape:
+            raise ExportError(f"{name}: the file has {tuple(read.shape)}, the model {tuple(held.shape)}")
+        error = relative_difference(read, held)
+        so_far = self._so_far
+        self._so_far = replace(so_far, floats=so_far.floats + 1, rounded=_worse(so_far.rounded, error))
+
+    def verification(
+        self,
+        reader: str,
+        *,
+        error: float | None = None,
+        tolerance: float = 0.0,
+        reason: str = "",
+        notes: tuple[str, ...] = (),
+    ) -> Verification:
+        """All of it."""
+        return replace(self._so_far, reader=reader, error=error, tolerance=tolerance, reason=reason, notes=notes)
+
+
+def relative_difference(found: Tensor, wanted: Tensor) -> float:
+    """``|found - wanted| / |wanted|``, Euclidean norms in float64; infinite where one is NaN."""
+    found, wanted = found.to(torch.float64), wanted.to(torch.float64)
+    difference, norm = float((found - wanted).norm()), float(wanted.norm())
+    if difference == 0:
+        return 0.0
+    error = difference / norm if norm else float("inf")
+    return error if error == error else float("inf")
+
+
+def _largest(difference: Tensor) -> float:
+    return float(difference.abs().max()) if difference.numel() else 0.0
+
+
+def _worse(a: float, b: float) -> float:
+    return float("inf") if a != a or b != b else max(a, b)
