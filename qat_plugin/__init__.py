@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qat_plugin.ptq.calibrate import calibrate
     from qat_plugin.qat import Phase, calibrating, capture_inputs
     from qat_plugin.qat.prepare import prepare, set_phase, unprepare
+    from qat_plugin.runs.exporting import export
     from qat_plugin.scheme import Scheme
     from qat_plugin.sensitivity import auto_policy, rank_layers
 
@@ -44,6 +45,7 @@ _WHERE = {
     "proof_of": "conversion",
     "save_converted": "conversion",
     "QatError": "errors",
+    "export": "runs.exporting",
     "load": "exporting",
     "compile_for_inference": "inference",
     "Plan": "policy",
@@ -79,6 +81,7 @@ __all__ = [
     "capture_inputs",
     "compile_for_inference",
     "convert",
+    "export",
     "is_converted",
     "load",
     "load_converted",

@@ -2,7 +2,8 @@
 
 Three things cannot be keys of a config: ``allow=`` (a recipe must not be able to set it), ``--config-dir`` (a user's
 recipes go through the same checks as the built-in ones) and ``resume=`` (it chooses the recipe). The rest is spelling:
-``run=DIR`` for ``run.dir=DIR`` and ``scheme@policy.rules.ffn=w8a8`` for ``policy.rules.ffn=w8a8``.
+``run=DIR`` for ``run.dir=DIR``, ``format=gguf`` for ``export.format=gguf`` and ``scheme@policy.rules.ffn=w8a8`` for
+``policy.rules.ffn=w8a8``.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ _FLAGS: Final = (
     "--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r",
     "--multirun", "-m", "--shell-completion", "-sc", "--config-dir", "-cd", "--info", "-i",
 )  # fmt: skip
+_OF_A_RUN: Final = (["evaluate"], ["merge"], ["export"])
 _REFUSED: Final = ("--config-path", "-cp", "--config-name", "-cn", "--experimental-rerun")
 
 
@@ -110,6 +112,8 @@ def _read_setting(argument: str, found: _Reading) -> None:
             found.resume = value
         case "run" | "run.dir":
             found.run = value
+        case "format":
+            found.hydra.append(f"export.format={value}")
         case spelled if spelled.startswith("scheme@"):
             found.hydra.append(f"{spelled.removeprefix('scheme@')}={value}")
         case _:
@@ -143,9 +147,9 @@ def _no_equals(word: str, folders: Sequence[Path]) -> str:
 
 
 def _take_run(found: _Reading) -> None:
-    """``resume=DIR``, ``task=evaluate run=DIR`` and ``task=merge run=DIR`` take the recipe that DIR holds."""
+    """``resume=DIR`` and ``run=DIR`` with task=evaluate, merge or export take the recipe that DIR holds."""
     tasks = [argument.partition("=")[2] for argument in found.hydra if argument.startswith("task=")]
-    folder = found.resume if found.resume is not None else (found.run if tasks in (["evaluate"], ["merge"]) else None)
+    folder = found.resume if found.resume is not None else (found.run if tasks in _OF_A_RUN else None)
     if folder is None:
         if found.run is not None:
             found.hydra.append(f"run.dir={_quoted(found.run)}")
@@ -162,6 +166,8 @@ def _take_run(found: _Reading) -> None:
     if not (place / f"{RECORD}.yaml").is_file():
         raise ConfigError(f"{folder} holds no run: there is no {RECORD}.yaml in it; give the folder that qat printed")
     found.config_dirs.insert(0, place)
+    # the recorded recipe's own keys win over an option of a group: here it is the key that is meant
+    found.hydra = [re.sub(r"^export=", "export.format=", argument) for argument in found.hydra]
     found.hydra += [f"recipe={RECORD}", f"run.dir={_quoted(folder)}"]
 
 

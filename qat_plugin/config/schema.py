@@ -13,14 +13,15 @@ from typing import Any, Final
 
 from omegaconf import MISSING
 
+from qat_plugin.config.export_section import EXPORT_FORMATS, ExportConfig
 from qat_plugin.config.fields import absolute, check_above, check_at_least, check_choice, help_text, option
 from qat_plugin.errors import ConfigError
 from qat_plugin.observers.spelling import DEFAULT_FOR_CALIBRATION, DEFAULT_FOR_TRAINING, KINDS, ObserverSpec
 
-TASKS: Final = ("fit", "ptq", "sensitivity", "merge", "plan", "evaluate", "doctor")
+TASKS: Final = ("fit", "ptq", "sensitivity", "merge", "export", "plan", "evaluate", "doctor")
 STAGES: Final = (
     "float", "ptq", "fine-tuned", "fine-tuned-ptq", "qat", "base", "qlora", "merged", "converted", "reloaded",
-    "latency",
+    "exported", "latency",
 )  # fmt: skip
 PRECISIONS: Final = ("32-true", "bf16-mixed", "bf16-true")
 PTQ_METHODS: Final = ("rtn", "mse", "hqq", "gptq", "awq", "awq-gptq", "smoothquant")
@@ -33,7 +34,7 @@ _METHODS: Final = ", ".join(PTQ_METHODS)
 class TaskConfig:
     """What to do."""
 
-    name: str = option("fit", "fit, ptq, sensitivity, merge, plan, evaluate or doctor; written task=NAME")
+    name: str = option("fit", "fit, ptq, sensitivity, merge, export, plan, evaluate or doctor; written task=NAME")
     stages: list[str] = field(default_factory=list, metadata=help_text("rungs of the ladder: " + ", ".join(STAGES)))
 
     def __post_init__(self) -> None:
@@ -47,6 +48,7 @@ class TaskConfig:
         _check_needs(self.stages, "merged", ["qlora"])
         _check_needs(self.stages, "converted", ["qat", "ptq", "merged"])
         _check_needs(self.stages, "reloaded", ["converted"])
+        _check_needs(self.stages, "exported", ["converted"])
 
 
 @dataclass
@@ -339,6 +341,7 @@ class Config:
     )
     optimizer: Any = field(default=MISSING, metadata=help_text("the optimizer: adamw, own or custom"))
     trainer: TrainerConfig = field(default_factory=TrainerConfig, metadata=help_text("how each training stage runs"))
+    export: ExportConfig = field(default_factory=ExportConfig, metadata=help_text("a file for another runtime"))
     measure: MeasureConfig = field(default_factory=MeasureConfig, metadata=help_text("what is measured at the end"))
     run: RunConfig = field(default_factory=RunConfig, metadata=help_text("the run's folder"))
     verbose: bool = option(False, "show Lightning's and transformers' own messages")
@@ -355,6 +358,11 @@ class Config:
                 "ptq.method=ladder needs to know when to stop: max_drop=1% (of perplexity) or max_drop=0.02 (KL, nats)"
             )
         stages = self.task.stages
+        climbing = self.task.name in ("fit", "ptq")
+        if self.export.format is not None and climbing and stages and "exported" not in stages:
+            self.task.stages = TaskConfig(self.task.name, [*stages, "exported"]).stages
+        if self.export.format is None and "exported" in stages:
+            raise ConfigError(f"task.stages has 'exported', which needs a format: export={'|'.join(EXPORT_FORMATS)}")
         if climbs and (self.policy.auto.enabled or "qat" in stages or (stages and "float" not in stages)):
             raise ConfigError(
                 "ptq.method=ladder is for task=ptq, with the float stage to compare with, and without policy=auto, "

@@ -44,7 +44,8 @@ def register_schema() -> None:
 
 
 def _schema() -> Any:
-    """The root. Hydra closes the whole config to new keys; the flag leaves the policy's rules open."""
+    """The root. Hydra closes the whole config to new keys; the flags leave rules and a format's options open."""
     node = OmegaConf.structured(Config)
     OmegaConf.set_struct(node.policy.rules, False)
+    OmegaConf.set_struct(node.export.options, False)
     return node

@@ -125,6 +125,7 @@ def recipe_text(config: Config) -> str:
         "task": config.task.name,
         "policy": "free",
         "lora": "default" if config.lora.enabled else "none",
+        "export": config.export.format or "none",
         **{group: option_of(config, group) for group in _OPEN_GROUPS},
     }
     values = significant(config)

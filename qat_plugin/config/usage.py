@@ -45,6 +45,8 @@ Examples
   qat recipe=qat_int4_tiny task=sensitivity               which layers suffer from which scheme
   qat task=plan recipe=qlora_70b_one_gpu plan.gpu_gib=48  will it fit, and what to change if not
   qat task=merge run=DIR                                  fold a run's adapter into its base
+  qat recipe=qat_mixed_tiny export=gguf                   and a file for llama.cpp at the end
+  qat task=export run=DIR format=onnx                     the converted model of a run, for another runtime
   qat resume=DIR                                          go on with a run that was stopped
   qat task=evaluate run=DIR                               measure a run's converted model again
   qat task=doctor                                         what this machine can do

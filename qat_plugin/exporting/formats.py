@@ -104,7 +104,14 @@ class Format:
 
 FORMATS = {
     entry.name: entry
-    for entry in (Format("converted", "this project's own files, with the model's configuration", "native"),)
+    for entry in (
+        Format("converted", "this project's own files, with the model's configuration", "native"),
+        Format("gguf", "GGUF", "gguf", suffix=".gguf"),
+        Format("torchao", "a Hugging Face torchao checkpoint", "torchao_checkpoint"),
+        Format("compressed-tensors", "compressed-tensors", "compressed", ("compressed_tensors",), "compressed-tensors"),
+        Format("onnx", "ONNX", "onnx", ("onnx", "onnxscript", "onnxruntime"), "onnx", ".onnx"),
+        Format("executorch", "ExecuTorch", "executorch", ("executorch",), "executorch", ".pte"),
+    )
 }
 
 

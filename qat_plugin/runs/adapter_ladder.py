@@ -56,6 +56,7 @@ class AdapterLadder(Rungs):
             "merged": (reporting.MERGED, self._merged),
             "converted": (reporting.CONVERTED, self._converted),
             "reloaded": (reporting.RELOADED, self._reloaded),
+            "exported": ("", self._exported),
             "latency": ("", self._latency),
         }
 

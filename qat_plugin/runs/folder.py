@@ -10,6 +10,7 @@
         adapter/         adapter_model.safetensors and adapter_config.json, as peft reads them
         merged/          the base with the adapter folded in, a transformers directory
         converted/       model.safetensors and plan.json
+        exported/        of export=FORMAT: the file or folder, and its model card
         report.json  report.md
         policy.yaml      of policy=auto: the policy it found, as the section policy of a recipe
         sensitivity.md  sensitivity.json  sensitivity.png  sensitivity.jsonl (figure by figure)
@@ -38,7 +39,7 @@ ADAPTER: Final = "adapter"
 MERGED: Final = "merged"
 _ARTIFACTS: Final = (
     "recipe.yaml", "policy.yaml", "sensitivity.*", "report.json", "report.md",
-    "adapter/*", "merged/*", "converted/*", "checkpoints/*/*",
+    "adapter/*", "merged/*", "converted/*", "exported/**/*", "checkpoints/*/*",
 )  # fmt: skip
 _DIFFERENCES_SHOWN: Final = 5
 

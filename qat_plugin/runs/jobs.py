@@ -23,11 +23,14 @@ from qat_plugin.measure import file_bytes, model_bytes, parameter_count
 from qat_plugin.policy import Plan
 from qat_plugin.qlora.extra import check_extra
 from qat_plugin.report import Report, Row
+from qat_plugin.report.files import REPORT_JSON
 from qat_plugin.runs.adapter_ladder import AdapterLadder, adapt
 from qat_plugin.runs.base_policy import policy_of, trains_adapters
 from qat_plugin.runs.choosing import POLICY, bounds, choices_in, chosen_policy, rank
 from qat_plugin.runs.custom import custom_subject
 from qat_plugin.runs.doctor import examination
+from qat_plugin.runs.exporting import FOLDER as EXPORTED
+from qat_plugin.runs.exporting import export_run
 from qat_plugin.runs.folder import ADAPTER, CONVERTED, MERGED, RunFolder, open_folder
 from qat_plugin.runs.forecasting import WILL_NOT_FIT, choose_card, forecast_run
 from qat_plugin.runs.image_net import image_subject
@@ -43,11 +46,11 @@ from qat_plugin.runs.subject import Subject, network_of
 from qat_plugin.runs.training import accelerator_of
 
 MISTAKE: Final = 2
-_REPORT: Final = "report.json"
 _NOTHING: Final = "nothing quantized"
 _PRODUCTS: Final = {
     "report.md": "report", POLICY: "policy", "sensitivity.md": "sensitivity", ADAPTER: "adapter",
     MERGED: "merged model", CONVERTED: "converted model",
+    EXPORTED: "exported",
 }  # fmt: skip
 
 
@@ -74,6 +77,9 @@ def run_job(job: Job, given: Sequence[str]) -> int:
             case "merge":
                 with journal(None, verbose=config.verbose):
                     merge_run(job)
+            case "export":
+                with journal(None, verbose=config.verbose):
+                    export_run(job)
             case "evaluate":
                 with journal(None, verbose=config.verbose):
                     evaluate(job)
@@ -203,7 +209,7 @@ def _climbed(job: Job, plan: Plan, folder: RunFolder, interruptions: Interruptio
         plan = policy.plan(network_of(subject.build()))
     agreed = plan
     say(f"{agreed.summary()}\n")
-    earlier = folder.path / _REPORT
+    earlier = folder.path / REPORT_JSON
     report = reporting.read_report(earlier) if folder.continued and earlier.is_file() else _begun(job, folder, agreed)
     ladder = AdapterLadder if adapters else PtqLadder if config.ptq.method == LADDER else Ladder
     return ladder(config, subject, agreed, folder, interruptions, report).climb()

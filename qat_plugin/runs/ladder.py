@@ -45,6 +45,7 @@ class Ladder(Rungs):
             "qat": (reporting.QAT, self._qat),
             "converted": (reporting.CONVERTED, self._converted),
             "reloaded": (reporting.RELOADED, self._reloaded),
+            "exported": ("", self._exported),
             "latency": ("", self._latency),
         }
 

@@ -1,0 +1,164 @@
+"""``task=export``, the stage ``exported`` and ``qat_plugin.export``: a converted model in another runtime's format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from torch import Tensor, nn
+
+from qat_plugin.errors import ConfigError, QatError
+from qat_plugin.exporting import CardFacts, Exported, export_model, format_named
+from qat_plugin.report.files import REPORT_JSON
+from qat_plugin.report.json import read_report
+from qat_plugin.report.model import Report
+from qat_plugin.runs.folder import CONVERTED
+from qat_plugin.runs.journal import say
+
+if TYPE_CHECKING:
+    from qat_plugin.config.launch import Job
+    from qat_plugin.config.schema import Config
+    from qat_plugin.runs.subject import Subject
+
+FOLDER: Final = "exported"
+_ROWS, _TOKENS = 2, 48
+
+
+def export(
+    model_or_run: nn.Module | str | Path,
+    format: str,
+    path: str | Path | None = None,
+    *,
+    tokenizer: Any = None,
+    sample: Mapping[str, Tensor] | tuple[Tensor, ...] | None = None,
+    options: Mapping[str, Any] | None = None,
+    verify: bool = True,
+    progress: bool = True,
+) -> Exported:
+    """Write a converted model, or that of a run's folder, in another runtime's format, and prove the file.
+
+    Args:
+        model_or_run: a converted model, or the folder of a run that has one.
+        format: ``"gguf"``, ``"torchao"``, ``"compressed-tensors"``, ``"onnx"``, ``"executorch"`` or ``"converted"``.
+        path: the file or folder to write; of a run by default ``exported/<format>`` in its folder.
+        tokenizer, sample: of a model; a run brings its own. See
+            :func:`~qat_plugin.exporting.export.export_model`.
+        options: the format's own.
+        verify: read the file back and compare.
+        progress: show progress of work longer than two seconds.
+
+    Raises:
+        ConfigError: for an unknown format or option, a package that is not installed, a folder that holds no run.
+        ExportError: when the format cannot hold the plan, or the file does not hold the model.
+    """
+    if isinstance(model_or_run, nn.Module):
+        if path is None:
+            raise ConfigError("export of a model needs a path to write to")
+        return export_model(
+            model_or_run, format, path,
+            tokenizer=tokenizer, sample=sample, options=options, verify=verify, progress=progress,
+        )  # fmt: skip
+    if tokenizer is not None or sample is not None:
+        raise ConfigError("a run brings its own tokenizer and sample: leave tokenizer= and sample= out")
+    return _export_folder(model_or_run, format, path, options or {}, verify)
+
+
+def _export_folder(
+    run: str | Path, format: str, path: str | Path | None, options: Mapping[str, Any], verify: bool
+) -> Exported:
+    from qat_plugin.config.arguments import parse
+    from qat_plugin.config.launch import launch
+    from qat_plugin.runs.journal import journal
+
+    made: list[Exported] = []
+    mistakes: list[QatError] = []
+
+    def work(job: Job) -> int:
+        config = job.config
+        given = replace(config.export, format=format, options=dict(options), verify=verify)
+        if path is not None:
+            given = replace(given, path=str(path))
+        try:
+            with journal(None, verbose=config.verbose):
+                made.append(export_of(replace(config, export=given), job))
+        except QatError as error:
+            mistakes.append(error)
+        return 0
+
+    format_named(format)
+    launch(parse(["task=export", f"run={run}", f"format={format}"]), work)
+    if mistakes:
+        raise mistakes[0]
+    return made[0]
+
+
+def export_run(job: Job) -> None:
+    """``task=export run=DIR format=NAME``.
+
+    Raises:
+        ConfigError: when it is not known what to export, or to which format.
+    """
+    export_of(job.config, job)
+
+
+def export_of(config: Config, job: Job) -> Exported:
+    """Export the converted model of the folder that ``run.dir`` names."""
+    from qat_plugin.conversion import load_converted
+    from qat_plugin.runs.jobs import subject_of
+    from qat_plugin.runs.subject import network_of
+
+    if config.run.dir is None:
+        raise ConfigError("task=export needs to know what to export: run=DIR, the folder of a finished run")
+    if config.export.format is None:
+        raise ConfigError("task=export needs to know the format: format=gguf, for example")
+    folder = Path(config.run.dir).expanduser().absolute()
+    if not (folder / CONVERTED).is_dir():
+        raise ConfigError(
+            f"{folder} has no converted model ({CONVERTED}/): its run did not get that far, or its recipe converts "
+            f"nothing. Go on with it: qat resume={folder}"
+        )
+    subject = subject_of(job)
+    network = load_converted(network_of(subject.build()).eval(), folder / CONVERTED)
+    report = read_report(folder / REPORT_JSON) if (folder / REPORT_JSON).is_file() else None
+    return export_converted(config, subject, network, folder, report)
+
+
+def export_converted(
+    config: Config, subject: Subject, network: nn.Module, folder: Path, report: Report | None
+) -> Exported:
+    """Export a converted network as a recipe's section ``export`` says, and say what came of it."""
+    wanted = config.export
+    assert wanted.format is not None
+    chosen = format_named(wanted.format)
+    chosen.writer()  # says what is not installed before anything else is done
+    default = folder / FOLDER / (f"{chosen.name}{chosen.suffix}" if chosen.suffix else chosen.name)
+    facts = CardFacts(
+        title=config.name or "",
+        recipe=config.name or "",
+        command="" if report is None else report.command,
+        report=report,
+    )
+    made = export_model(
+        network,
+        chosen.name,
+        wanted.path or default,
+        tokenizer=getattr(subject.build(), "tokenizer", None) if subject.language else None,
+        sample=_sample(subject),
+        options=wanted.options,
+        verify=wanted.verify,
+        facts=facts,
+    )
+    say(str(made))
+    say(f"model card: {made.card}")
+    return made
+
+
+def _sample(subject: Subject) -> Any:
+    """A few held-out examples, as one call of the network takes them."""
+    batch = next(iter(subject.held_out()))
+    if subject.language:
+        return {"input_ids": batch["input_ids"][:_ROWS, :_TOKENS].clone()}
+    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+    return (inputs[:_ROWS].clone(),)
