@@ -7,7 +7,11 @@ from typing import Any, Final
 
 from qat_plugin.config.fields import absolute, check_choice, help_text, option
 
-EXPORT_FORMATS: Final = ("converted", "gguf", "torchao", "compressed-tensors", "onnx", "executorch")
+ADAPTER_FORMATS: Final = ("peft", "bitsandbytes")
+"""Of what QLoRA leaves; the others are of converted models."""
+EXPORT_FORMATS: Final = (
+    "converted", "gguf", "torchao", "compressed-tensors", "onnx", "executorch", *ADAPTER_FORMATS,
+)  # fmt: skip
 
 
 @dataclass

@@ -48,7 +48,7 @@ class TaskConfig:
         _check_needs(self.stages, "merged", ["qlora"])
         _check_needs(self.stages, "converted", ["qat", "ptq", "merged"])
         _check_needs(self.stages, "reloaded", ["converted"])
-        _check_needs(self.stages, "exported", ["converted"])
+        _check_needs(self.stages, "exported", ["converted", "qlora"])
 
 
 @dataclass

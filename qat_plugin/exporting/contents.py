@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat_plugin import qlora
 from qat_plugin.conversion import is_converted
 from qat_plugin.conversion.convert import conversion_of
 from qat_plugin.errors import ExportError
@@ -18,9 +19,6 @@ from qat_plugin.numerics import Quantized
 from qat_plugin.policy import Plan
 from qat_plugin.qat import is_prepared
 from qat_plugin.scheme import Scheme
-
-ANY_WEIGHTS = "weights"
-"""Name of a refusal that is not about one layer."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,8 @@ class Exportable:
     """A converted network with what belongs to it.
 
     Attributes:
-        network: converted, in eval mode; a transformers model, or any other module.
+        network: converted, in eval mode; a transformers model, or any other module. Of formats for adapters: with these
+            on a frozen base.
         sample: keyword arguments (a mapping) or positional ones (a tuple) of one call of ``network``: what exporters
             trace, and what outputs are compared on.
         tokenizer: of a language model, or ``None``.
@@ -65,7 +64,9 @@ class Exportable:
 
     @cached_property
     def plan(self) -> Plan:
-        """What the network was converted by."""
+        """What the network was converted by; of one with adapters, the plan of its base."""
+        if not is_converted(self.network) and qlora.is_prepared(self.network):
+            return qlora.prepared_of(self.network).plan
         return conversion_of(self.network).plan
 
     @property
@@ -122,12 +123,30 @@ def outputs_of(network: nn.Module, sample: Mapping[str, Tensor] | tuple[Tensor, 
     return given.detach().float().cpu()
 
 
-def check_exportable(network: nn.Module) -> None:
+def check_adapted(network: nn.Module) -> None:
+    """Raise unless a network has the adapters of QLoRA on a frozen base.
+
+    Raises:
+        ExportError: for any other.
+    """
+    if not qlora.is_prepared(network):
+        raise ExportError(
+            f"{type(network).__name__} has no adapters on a frozen base: this format is for what QLoRA leaves; a "
+            "converted model goes into one of the others"
+        )
+
+
+def check_converted(network: nn.Module) -> None:
     """Raise unless a network is converted.
 
     Raises:
         ExportError: for a float or a prepared one.
     """
+    if qlora.is_prepared(network) and not is_converted(network):
+        raise ExportError(
+            f"{type(network).__name__} has adapters on a frozen base: formats for those are peft and bitsandbytes; for "
+            "another one merge it first (merge.scheme=w4a16-g32 in a recipe, or qlora.merge and convert)"
+        )
     if is_prepared(network):
         raise ExportError(
             f"{type(network).__name__} is prepared for training: convert(model) first; what is exported are the "

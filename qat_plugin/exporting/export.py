@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qat_plugin.atomic import replacing, replacing_folder, write_text
 from qat_plugin.errors import ConfigError, ExportError
 from qat_plugin.exporting.card import CardFacts, model_card
-from qat_plugin.exporting.contents import Exportable, check_exportable
+from qat_plugin.exporting.contents import Exportable, check_adapted, check_converted
 from qat_plugin.exporting.formats import Format, Told, Writer, format_named
 from qat_plugin.exporting.refusal import check_refusals
 from qat_plugin.exporting.verification import Verification
@@ -69,7 +69,8 @@ def export_model(
     """Write a converted model in a runtime's own format, with the integers and scales it was trained with.
 
     Args:
-        network: converted; it is left as it is (in eval mode while this runs).
+        network: converted (with adapters on a frozen base, for peft and bitsandbytes); it is left as it is (in eval
+            mode while this runs).
         format: a name of :data:`~qat_plugin.exporting.formats.FORMATS`.
         path: the file to write (its suffix is added where it has none), or the folder; replaced when it exists, once
             the new one is proven. The model card goes into the folder, or beside the file as ``<file>.md``.
@@ -87,7 +88,7 @@ def export_model(
     """
     chosen = format_named(format)
     writer, settings = chosen.writer(), chosen.options(options or {})
-    check_exportable(network)
+    (check_adapted if chosen.of_adapters else check_converted)(network)
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:

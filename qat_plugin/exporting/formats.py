@@ -57,6 +57,7 @@ class Format:
         needs: modules that must be importable.
         extra: the extra of this package that installs them; empty where they come with it.
         suffix: of the file; empty for a folder.
+        of_adapters: it holds what QLoRA leaves, not a converted model.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Format:
     needs: tuple[str, ...] = ()
     extra: str = ""
     suffix: str = ""
+    of_adapters: bool = False
 
     @property
     def missing(self) -> list[str]:
@@ -111,6 +113,15 @@ FORMATS = {
         Format("compressed-tensors", "compressed-tensors", "compressed", ("compressed_tensors",), "compressed-tensors"),
         Format("onnx", "ONNX", "onnx", ("onnx", "onnxscript", "onnxruntime"), "onnx", ".onnx"),
         Format("executorch", "ExecuTorch", "executorch", ("executorch",), "executorch", ".pte"),
+        Format("peft", "a peft adapter", "peft_adapter", ("peft",), "qlora", of_adapters=True),
+        Format(
+            "bitsandbytes",
+            "a Hugging Face bitsandbytes checkpoint",
+            "bitsandbytes_checkpoint",
+            ("bitsandbytes",),
+            "qlora",
+            of_adapters=True,
+        ),
     )
 }
 

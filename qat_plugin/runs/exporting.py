@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from torch import Tensor, nn
 
+from qat_plugin.conversion import load_converted
 from qat_plugin.errors import ConfigError, QatError
-from qat_plugin.exporting import CardFacts, Exported, export_model, format_named
+from qat_plugin.exporting import CardFacts, Exported, Format, export_model, format_named
 from qat_plugin.report.files import REPORT_JSON
 from qat_plugin.report.json import read_report
 from qat_plugin.report.model import Report
-from qat_plugin.runs.folder import CONVERTED
+from qat_plugin.runs.folder import ADAPTER, CONVERTED
 from qat_plugin.runs.journal import say
 
 if TYPE_CHECKING:
@@ -105,35 +106,28 @@ def export_run(job: Job) -> None:
 
 def export_of(config: Config, job: Job) -> Exported:
     """Export the converted model of the folder that ``run.dir`` names."""
-    from qat_plugin.conversion import load_converted
     from qat_plugin.runs.jobs import subject_of
-    from qat_plugin.runs.subject import network_of
 
     if config.run.dir is None:
         raise ConfigError("task=export needs to know what to export: run=DIR, the folder of a finished run")
     if config.export.format is None:
         raise ConfigError("task=export needs to know the format: format=gguf, for example")
     folder = Path(config.run.dir).expanduser().absolute()
-    if not (folder / CONVERTED).is_dir():
-        raise ConfigError(
-            f"{folder} has no converted model ({CONVERTED}/): its run did not get that far, or its recipe converts "
-            f"nothing. Go on with it: qat resume={folder}"
-        )
-    subject = subject_of(job)
-    network = load_converted(network_of(subject.build()).eval(), folder / CONVERTED)
     report = read_report(folder / REPORT_JSON) if (folder / REPORT_JSON).is_file() else None
-    return export_converted(config, subject, network, folder, report)
+    return export_from(folder, config, subject_of(job), report)
 
 
-def export_converted(
-    config: Config, subject: Subject, network: nn.Module, folder: Path, report: Report | None
-) -> Exported:
-    """Export a converted network as a recipe's section ``export`` says, and say what came of it."""
+def export_from(folder: Path, config: Config, subject: Subject, report: Report | None) -> Exported:
+    """Export what a run's folder holds as the recipe's section ``export`` says, and say what came of it.
+
+    Raises:
+        ConfigError: when the folder does not hold what the format is of.
+    """
     wanted = config.export
     assert wanted.format is not None
     chosen = format_named(wanted.format)
     chosen.writer()  # says what is not installed before anything else is done
-    default = folder / FOLDER / (f"{chosen.name}{chosen.suffix}" if chosen.suffix else chosen.name)
+    default = folder / FOLDER / (f"model{chosen.suffix}" if chosen.suffix else chosen.name)
     facts = CardFacts(
         title=config.name or "",
         recipe=config.name or "",
@@ -141,7 +135,7 @@ def export_converted(
         report=report,
     )
     made = export_model(
-        network,
+        _network(folder, config, subject, chosen),
         chosen.name,
         wanted.path or default,
         tokenizer=getattr(subject.build(), "tokenizer", None) if subject.language else None,
@@ -153,6 +147,27 @@ def export_converted(
     say(str(made))
     say(f"model card: {made.card}")
     return made
+
+
+def _network(folder: Path, config: Config, subject: Subject, chosen: Format) -> nn.Module:
+    """What the format is of, from the run's folder."""
+    from qat_plugin import qlora
+    from qat_plugin.runs.adapter_ladder import adapt
+    from qat_plugin.runs.base_policy import trains_adapters
+    from qat_plugin.runs.subject import network_of
+
+    place, what = folder / (ADAPTER if chosen.of_adapters else CONVERTED), "adapter" if chosen.of_adapters else "model"
+    if not place.is_dir() or (chosen.of_adapters and not trains_adapters(config)):
+        raise ConfigError(
+            f"{folder} has no {'' if chosen.of_adapters else 'converted '}{what} ({place.name}/), which "
+            f"format={chosen.name} is of: its run did not get that far, or its recipe makes none. Go on with it: "
+            f"qat resume={folder}"
+        )
+    if chosen.of_adapters:
+        return qlora.load_adapter(adapt(config, subject.build_base()), place).eval()
+    network = network_of(subject.build()).eval()
+    device = next(network.parameters()).device
+    return load_converted(network, place).to(device)
 
 
 def _sample(subject: Subject) -> Any:

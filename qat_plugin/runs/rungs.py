@@ -24,7 +24,7 @@ from qat_plugin.ptq.results import Calibration
 from qat_plugin.qat import capture_inputs, folds
 from qat_plugin.report import Report, Row
 from qat_plugin.runs.bf16 import in_bf16
-from qat_plugin.runs.exporting import export_converted
+from qat_plugin.runs.exporting import export_from
 from qat_plugin.runs.folder import RunFolder
 from qat_plugin.runs.interruption import Interruptions
 from qat_plugin.runs.journal import say
@@ -151,7 +151,7 @@ class Rungs:
         self._add(Row(reporting.RELOADED, metrics, model_bytes(network), file_bytes(self.folder.converted)))
 
     def _exported(self) -> None:
-        made = export_converted(self.config, self.subject, self._from_disk(), self.folder.path, self.report)
+        made = export_from(self.folder.path, self.config, self.subject, self.report)
         self._add(Row(f"{reporting.EXPORTED}, {made.format}", bytes_disk=made.bytes, note=str(made)))
 
     def _latency(self) -> None:
