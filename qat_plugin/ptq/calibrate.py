@@ -37,6 +37,7 @@ from qat_plugin.qat import (
     unprepare,
 )
 from qat_plugin.qat.folding import Unfolded, fold_norms
+from qat_plugin.qat.layers import ATTRIBUTE, current_weight
 
 
 def calibrate(
@@ -96,13 +97,14 @@ def calibrate(
     elif observer is not None:
         observe_with(model, observer)
     before = [] if fresh else [(q, q.phase, q.frozen_scale, q.frozen_zero_point) for q in quantizers(model).values()]
-    fold_norms(model)
+    folded: list[nn.Module] = []
     settings = {"method": method, "gptq": options, "observer": observer, "plan": plan_of(model).without_kernels()}
     walker = Walker(model, data, chosen, options, None if offload is None else torch.device(offload))
     try:
         if not data and (chosen.looks or observing(model)):
             raise DataError("there is no calibration data: the batches are empty; give at least one")
-        set_phase(model, Phase.FLOAT)
+        set_phase(model, Phase.FLOAT)  # releases the scales of weights that folding changes
+        folded = [fold.layer for fold in fold_norms(model)]
         with evaluating(model), without_caches(model):
             walker.store = open_store(resume, model, data, settings)
             walker.told = teller(method, progress)
@@ -119,6 +121,10 @@ def calibrate(
             unfolded.restore()
         for quantizer, phase, scale, zero_point in before:
             quantizer.phase, quantizer.frozen_scale, quantizer.frozen_zero_point = phase, scale, zero_point
+        for layer in () if fresh else folded:  # scales are those of its new weight
+            quantizer = getattr(layer, ATTRIBUTE)
+            quantizer.frozen_scale = quantizer.frozen_zero_point = None
+            quantizer.enter(quantizer.phase, current_weight(layer))
         raise
     set_phase(model, Phase.FROZEN)
     remember(model, Calibration(method, results))
