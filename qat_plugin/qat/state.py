@@ -63,6 +63,8 @@ def load_quantizer_state(model: nn.Module, state: Mapping[str, Any]) -> None:
         states = {name: dict(tensors[name]) for name in theirs}
         phases = {name: phase_in(state, name) for name in theirs}
         folded = [tuple(map(str, pair)) for pair in state.get("folded", ())]
+        if unknown := sorted(set(state.get("phases", {})) - set(theirs)):
+            raise CheckpointError(f"the checkpoint has phases of layers that its plan has not: {', '.join(unknown)}")
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise

@@ -157,6 +157,8 @@ def test_a_state_that_does_not_fit_names_the_layer_and_changes_nothing(damage: D
         ({"version": 1}, "not a quantizer state"),
         ({"version": 1, "phase": "melted", "plan": [], "layers": {}}, "melted"),
         ({"version": 1, "phase": "float", "plan": 3, "layers": {}}, "not a quantizer state"),
+        ({"version": 1, "phase": "float", "phases": {"x": "frozen"}, "plan": [], "layers": {}}, "plan has not: x"),
+        ({"version": 1, "phase": "float", "initial": "best", "plan": [], "layers": {}}, "'best' is not one of minmax"),
         (None, "not a quantizer state"),
     ],
 )
