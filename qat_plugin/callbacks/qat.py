@@ -252,7 +252,7 @@ class QuantizationAwareTraining(ResumingCallback):
             return
         if not is_prepared(self._module):  # a checkpoint evaluated in a new process sees what it was trained with
             plan, observer = Plan.from_list(state_dict["quantizers"]["plan"]), observer_in(state_dict["quantizers"])
-            prepare(self._module, plan, phase=Phase.FLOAT, observer=observer, **self._learning)
+            prepare(self._module, plan, phase=Phase.FLOAT, initial=self._initial, observer=observer, **self._learning)
         load_quantizer_state(self._module, state_dict["quantizers"])
 
     @override

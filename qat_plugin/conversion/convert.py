@@ -30,19 +30,18 @@ from qat_plugin.kernels.weight import QuantizedWeight, is_converted_weight
 from qat_plugin.policy import Plan, PolicyLike, plan_for
 from qat_plugin.qat import (
     LayerQuantizer,
-    Phase,
     check_observed,
-    get_phase,
     is_prepared,
     plan_of,
     prepare,
     prepared_layers,
-    set_phase,
+    quantizers,
     unprepare,
 )
 from qat_plugin.qat.checks import check_finite
 from qat_plugin.qat.folding import Unfolded
 from qat_plugin.qat.layers import ATTRIBUTE, current_weight
+from qat_plugin.qat.prepare import fake_quantize_all
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def convert(
         if plan is None:
             raise ConversionError("convert(model) needs a plan or a policy for a model that was not prepared")
         prepare(model, plan)
-    phase, agreed = get_phase(model), plan_of(model)
+    phases, agreed = [(quantizer, quantizer.phase) for quantizer in quantizers(model).values()], plan_of(model)
     layers: dict[str, nn.Module] = {}
     done: list[LayerConversion] = []
     casts: dict[int, nn.Parameter] = {}
@@ -128,8 +127,8 @@ def convert(
             unprepare(model)
             if unfolded is not None:
                 unfolded.restore()
-        elif get_phase(model) is not phase:
-            set_phase(model, phase)
+        for quantizer, phase in phases if not fresh else ():
+            quantizer.phase = phase
         raise
     model.requires_grad_(False)
     refuse_training(next(iter(layers.values())))
@@ -202,8 +201,7 @@ def _ready(model: nn.Module, dtype: torch.dtype | None) -> dict[str, nn.Module]:
                 raise ConversionError(
                     f"{name}: no kernel runs {quantizer.scheme} on {weight.device.type}: {choice.refusal}"
                 )
-    if any(not getattr(layer, ATTRIBUTE).active for layer in layers.values()):
-        set_phase(model, Phase.FAKE_QUANTIZED)
+    fake_quantize_all(model)
     return layers
 
 

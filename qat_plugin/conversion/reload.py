@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from qat_plugin.errors import CheckpointError, ConversionError
 from qat_plugin.kernels.weight import CastWeight, QuantizedWeight, is_converted_weight
 from qat_plugin.learned import learned_scale
-from qat_plugin.numerics import quantize, round_to_nearest
+from qat_plugin.numerics import quantize
 from qat_plugin.observers.factory import observed_scale
 from qat_plugin.observers.spelling import DEFAULT_FOR_TRAINING
 from qat_plugin.policy import Candidate, candidates
 from qat_plugin.qat.folded import fold_state_dict, folds
+from qat_plugin.qat.initial import Initial, initial_scales
 from qat_plugin.qat.quantizer import Phase
-from qat_plugin.qat.state import observer_in
+from qat_plugin.qat.state import initial_in, observer_in, phase_in
 from qat_plugin.scheme import Scheme
 
 
@@ -37,7 +38,13 @@ def requantize_on_load(module: nn.Module, state_dict: dict[str, Any], prefix: st
 
 
 @torch.no_grad()
-def like(current: Tensor, weight: Tensor, state: Mapping[str, Tensor], observer: str = DEFAULT_FOR_TRAINING) -> Tensor:
+def like(
+    current: Tensor,
+    weight: Tensor,
+    state: Mapping[str, Tensor],
+    observer: str = DEFAULT_FOR_TRAINING,
+    begins: Initial = "minmax",
+) -> Tensor:
     """A float weight in the representation of a converted one.
 
     Args:
@@ -45,6 +52,7 @@ def like(current: Tensor, weight: Tensor, state: Mapping[str, Tensor], observer:
         weight: float, of the same logical shape.
         state: that layer's entry of a quantizer state; its learned or frozen scales are used when it has any.
         observer: what observed the activations of that state.
+        begins: where its scales begin, when the state has none.
     """
     weight = weight.detach().to(current.device)
     if isinstance(current, CastWeight):
@@ -60,7 +68,7 @@ def like(current: Tensor, weight: Tensor, state: Mapping[str, Tensor], observer:
     elif "scale" in state:
         integers = quantize(rows, *_on(rows, learned_scale(state["scale"], scheme), state.get("zero_point")), scheme)
     else:
-        integers = round_to_nearest(rows, scheme)
+        integers = quantize(rows, *initial_scales(rows, scheme, begins), scheme)
     activation_scale = current.activation_scale
     if "absmax" in state and activation_scale is not None:
         activation_scale = observed_scale(observer, state).to(activation_scale.device)
@@ -119,7 +127,7 @@ def reload_float(
             f"the state_dict does not fit {type(model).__name__}: {', '.join(wrong[:5])} missing, unknown or "
             "of another shape"
         )
-    states = _states(quantizer_state, layers)
+    states, begins = _states(quantizer_state, layers)
     observer = DEFAULT_FOR_TRAINING if quantizer_state is None else observer_in(quantizer_state)
     merged: dict[str, Tensor] = dict(state_dict)
     paths = {module: path for path, module in model.named_modules()}
@@ -130,7 +138,7 @@ def reload_float(
         current = candidate.module._parameters["weight"]
         assert current is not None
         if not is_converted_weight(merged[key]):
-            merged[key] = like(current, merged[key], states.get(name, {}), observer)
+            merged[key] = like(current, merged[key], states.get(name, {}), observer, begins.get(name, "minmax"))
     model.load_state_dict(merged)
 
 
@@ -138,13 +146,16 @@ def _shape(value: object) -> tuple[int, ...] | None:
     return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
-def _states(state: Mapping[str, Any] | None, layers: Mapping[str, Candidate]) -> dict[str, dict[str, Tensor]]:
-    """Each layer's entry of a quantizer state that fits the converted layers."""
+def _states(
+    state: Mapping[str, Any] | None, layers: Mapping[str, Candidate]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Initial]]:
+    """Each layer's entry of a quantizer state that fits the converted layers; where scales begin that had not."""
     if state is None:
-        return {}
+        return {}, {}
     try:
         entries = {name: dict(state["layers"][name]) for name in layers}
-        begun = Phase(state["phase"]) in (Phase.FAKE_QUANTIZED, Phase.FROZEN)
+        waiting = [name for name in layers if phase_in(state, name) in (Phase.FLOAT, Phase.OBSERVING)]
+        initial = initial_in(state) or "minmax"
         schemes = {entry["name"]: entry["scheme"] for entry in state["plan"]}
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
@@ -167,8 +178,9 @@ def _states(state: Mapping[str, Any] | None, layers: Mapping[str, Candidate]) ->
             there = _shape(entries[name].get(key))
             if there not in (None, here):
                 raise CheckpointError(f"{name}: the quantizer state's {key} has shape {there}, not {here}")
-    if not begun:  # learned scales begin with fake quantization: until then they are of other weights
-        for entry in entries.values():
-            entry.pop("scale", None)
-            entry.pop("zero_point", None)
-    return entries
+    begins: dict[str, Initial] = {}
+    for name in waiting:  # learned scales begin with fake quantization: until then they are of other weights
+        entries[name].pop("zero_point", None)
+        if entries[name].pop("scale", None) is not None:
+            begins[name] = initial
+    return entries, begins

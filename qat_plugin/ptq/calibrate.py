@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from qat_plugin.policy import Plan, PolicyLike
 from qat_plugin.ptq.feeding import feed, without_caches
 from qat_plugin.ptq.gptq import GptqOptions
 from qat_plugin.ptq.methods import method_named
+from qat_plugin.ptq.ranks import check_same, failing_together
 from qat_plugin.ptq.results import Calibration, remember
 from qat_plugin.ptq.resume import open_store
 from qat_plugin.ptq.telling import teller
@@ -37,6 +39,7 @@ from qat_plugin.qat import (
     unprepare,
 )
 from qat_plugin.qat.folding import Unfolded, fold_norms
+from qat_plugin.qat.layers import ATTRIBUTE, current_weight
 
 
 def calibrate(
@@ -52,6 +55,9 @@ def calibrate(
     progress: Progress | bool = True,
 ) -> nn.Module:
     """Find the integers of a model without training it, in place; :func:`convert` then makes them real.
+
+    Under ``torch.distributed`` each rank calls it with batches of its own (their numbers may differ), and all end with
+    the same integers; only ``"rtn"`` without static schemes, which looks at no data, asks nothing of other ranks.
 
     Layers are taken in the order they run, each on what the quantized ones before it give. Weights become the numbers
     that their integers stand for, with their scales fixed; a model prepared with learned scales starts from them.
@@ -96,20 +102,26 @@ def calibrate(
     elif observer is not None:
         observe_with(model, observer)
     before = [] if fresh else [(q, q.phase, q.frozen_scale, q.frozen_zero_point) for q in quantizers(model).values()]
-    fold_norms(model)
+    folded: list[nn.Module] = []
     settings = {"method": method, "gptq": options, "observer": observer, "plan": plan_of(model).without_kernels()}
     walker = Walker(model, data, chosen, options, None if offload is None else torch.device(offload))
+    together = failing_together if chosen.looks or observing(model) else nullcontext
     try:
-        if not data and (chosen.looks or observing(model)):
-            raise DataError("there is no calibration data: the batches are empty; give at least one")
-        set_phase(model, Phase.FLOAT)
+        with together():
+            if not data and (chosen.looks or observing(model)):
+                raise DataError("there is no calibration data: the batches are empty; give at least one")
+        set_phase(model, Phase.FLOAT)  # releases the scales of weights that folding changes
+        folded = [fold.layer for fold in fold_norms(model)]
         with evaluating(model), without_caches(model):
-            walker.store = open_store(resume, model, data, settings)
+            with together():
+                walker.store = open_store(resume, model, data, settings)
             walker.told = teller(method, progress)
             if observing(model) and not chosen.looks:
                 _observe(model, data, progress)
             results = walker.walk()
         check_observed(model)
+        if chosen.looks or observing(model):
+            check_same(model)
     except BaseException:
         if walker.touched:
             warnings.warn(f"{type(model).__name__} is partly quantized: load its weights anew", stacklevel=2)
@@ -119,6 +131,10 @@ def calibrate(
             unfolded.restore()
         for quantizer, phase, scale, zero_point in before:
             quantizer.phase, quantizer.frozen_scale, quantizer.frozen_zero_point = phase, scale, zero_point
+        for layer in () if fresh else folded:  # scales are those of its new weight
+            quantizer = getattr(layer, ATTRIBUTE)
+            quantizer.frozen_scale = quantizer.frozen_zero_point = None
+            quantizer.enter(quantizer.phase, current_weight(layer))
         raise
     set_phase(model, Phase.FROZEN)
     remember(model, Calibration(method, results))
@@ -127,7 +143,8 @@ def calibrate(
 
 def _observe(model: nn.Module, batches: list[Any], progress: Progress | bool) -> None:
     """Calibrate the activations of static schemes in the float model, on all ranks alike."""
-    with calibrating(model), progressing(progress, "calibrating", len(batches)) as advance:
+    bar = progressing(progress, "calibrating", len(batches))
+    with failing_together(), calibrating(model), bar as advance:
         for index, batch in enumerate(batches):
             try:
                 feed(model, batch)

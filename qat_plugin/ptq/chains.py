@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from qat_plugin.ptq.feeding import feed
+from qat_plugin.ptq.ranks import failing_together, from_every
 from qat_plugin.qat.layers import FakeQuantized
 
 
@@ -115,7 +116,8 @@ def record(
 ) -> ChainInputs | str:
     """Run the model up to the chain's end on each batch, and take down its blocks' inputs.
 
-    The first batch goes through the whole model, to see whether the chain is run once.
+    The first batch goes through the whole model, to see whether the chain is run once. It is a chain when it is one on
+    all ranks.
 
     Args:
         model: the model.
@@ -126,6 +128,15 @@ def record(
     Returns:
         The inputs, or why the blocks are no chain.
     """
+    with failing_together():
+        inputs = _recorded(model, chain, batches, keep_on)
+    broken = next(filter(None, from_every(inputs if isinstance(inputs, str) else "")), "")
+    return broken or inputs
+
+
+def _recorded(
+    model: nn.Module, chain: Chain, batches: Sequence[Any], keep_on: torch.device | None
+) -> ChainInputs | str:
     inputs = ChainInputs(rest=[[] for _ in chain.blocks])
     for index, batch in enumerate(batches):
         recorder = _Recorder(chain, inputs, keep_on, to_the_end=index == 0)

@@ -6,7 +6,7 @@ and the block itself give what they gave before, it is undone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
@@ -23,7 +23,13 @@ TOLERANCE: Final = 1e-5
 
 @torch.no_grad()
 def fold(
-    block: nn.Module, group: Sequence[nn.Module], producer: Producer, scale: Tensor, sample: Sample, before: Trace
+    block: nn.Module,
+    group: Sequence[nn.Module],
+    producer: Producer,
+    scale: Tensor,
+    sample: Sample,
+    before: Trace,
+    objection: Callable[[], str] = str,
 ) -> tuple[str, Trace]:
     """Multiply the group's columns by a scale and divide their producer by it, in place; undone unless equal.
 
@@ -36,19 +42,28 @@ def fold(
         scale: float32 [in_features], as the producer takes it.
         sample: a real call of the block.
         before: a pass on the sample, of the block as it is.
+        objection: asked while the block is folded, when the sample has none: why not after all, or "".
 
     Returns:
         ``("", a pass on the folded block)``, or why not and ``before``.
     """
     originals = move_scale(group, producer, scale)
     after = trace(block, sample)
-    change, where = largest_change(before, after, producer.module)
-    if change <= TOLERANCE:
+    reason = changed(block, producer, before, after) or objection()
+    if not reason:
         return "", after
     for parameter, original in originals:
         parameter.copy_(original)
+    return reason, before
+
+
+def changed(block: nn.Module, producer: Producer, before: Trace, after: Trace) -> str:
+    """What folding into a producer changed beyond rounding, between two passes on one sample; "" for nothing."""
+    change, where = largest_change(before, after, producer.module)
+    if change <= TOLERANCE:
+        return ""
     place = "the block's output" if where is None else f"the output of {name_in(block, where)}"
-    return f"folding into {name_in(block, producer.module)} would change {place} by {change:.2g}", before
+    return f"folding into {name_in(block, producer.module)} would change {place} by {change:.2g}"
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from qat_plugin.errors import DataError
 from qat_plugin.numerics import divided_input, fake_quantize_activation
 from qat_plugin.observers.distributed import synchronize
 from qat_plugin.ptq.chains import Enough
+from qat_plugin.ptq.ranks import failing_together, from_every
 from qat_plugin.ptq.statistics import InputStatistics
 from qat_plugin.qat import LayerQuantizer, Phase
 from qat_plugin.qat.layers import ATTRIBUTE, current_weight, first_tensor
@@ -48,11 +49,24 @@ def looks_at_inputs(layer: nn.Module) -> bool:
 
 
 def input_groups(layers: Mapping[str, nn.Module], run: Run, batches: int) -> list[Group]:
-    """Groups of layers by the tensors they take in one pass, in the order of first use.
+    """Groups of layers by the tensors they take in one pass, in the order of first use; the same on all ranks.
 
     Batch 0 tells; layers that it does not reach (experts) are looked for in the others. Those that none reaches are in
     no group.
     """
+    with failing_together():
+        mine = _groups_here(layers, run, batches)
+    seen: set[str] = set()
+    groups: list[Group] = []
+    for found in from_every([(list(group.layers), group.calls) for group in mine]):  # another may reach more layers
+        for names, calls in found:
+            if new := [name for name in names if name not in seen]:
+                groups.append(Group({name: layers[name] for name in new}, calls))
+                seen.update(new)
+    return groups
+
+
+def _groups_here(layers: Mapping[str, nn.Module], run: Run, batches: int) -> list[Group]:
     names = {id(layer): name for name, layer in layers.items()}
     groups: list[Group] = []
     missing = dict(layers)
@@ -96,7 +110,7 @@ def gather(
     twin: tuple[nn.Module, Run] | None = None,
     static: bool = True,
 ) -> InputStatistics:
-    """Statistics of what a group's leader multiplies, over all batches.
+    """Statistics of what a group's leader multiplies, over all batches of all ranks.
 
     Divided by its input scale, and rounded where the scheme rounds activations by themselves.
 
@@ -114,7 +128,7 @@ def gather(
     leader, mine = group.leader, [getattr(layer, ATTRIBUTE) for layer in group.layers.values()]
     quantizer: LayerQuantizer = getattr(leader, ATTRIBUTE)
     statistics = InputStatistics(quantizer.layer.shape[1], hessian, drifts=twin is not None and hessian)
-    with _observing(mine, static):
+    with failing_together(), _observing(mine, static):
         for batch in range(batches):
             inputs = _inputs(leader, run, batch, group.calls)
             beside: list[Tensor | None] = [None] * len(inputs)
@@ -129,7 +143,7 @@ def gather(
                     watching.observe(_divided(watching, x))
                 if hessian:
                     statistics.add(_multiplied(quantizer, x, rounded=True), float_x)
-    statistics.synchronize()
+    statistics.to(current_weight(leader).device).synchronize()
     if static:
         synchronize([each.observer for each in mine if each.observer is not None])
     return statistics

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from qat_plugin.errors import CheckpointError
 from qat_plugin.kernels.packing import pack, unpack
 from qat_plugin.numerics import Quantized
+from qat_plugin.ptq.ranks import failing_together, from_every
 from qat_plugin.ptq.results import LayerResult
 from qat_plugin.ptq.walker import Store
 from qat_plugin.qat import LayerQuantizer, Phase, hold, quantizers
@@ -88,8 +89,12 @@ class _Folder(Store):
 
     def load(self, part: str, layers: Mapping[str, nn.Module], changed: nn.Module | None) -> list[LayerResult] | None:
         path = self._path(part)
-        if not path.exists():
+        if not all(from_every(path.exists())):  # another rank was killed before it kept this part
             return None
+        with failing_together():
+            return self._loaded(path, layers, changed)
+
+    def _loaded(self, path: Path, layers: Mapping[str, nn.Module], changed: nn.Module | None) -> list[LayerResult]:
         from safetensors import SafetensorError, safe_open
 
         try:

@@ -18,9 +18,10 @@ from qat_plugin.measure.evaluating import evaluating
 from qat_plugin.numerics import round_to_nearest
 from qat_plugin.policy.roles import is_quantized
 from qat_plugin.ptq.awq import search_awq
-from qat_plugin.ptq.folding import TOLERANCE, fold, move_scale, name_in
+from qat_plugin.ptq.folding import TOLERANCE, changed, fold, move_scale, name_in
 from qat_plugin.ptq.output_error import Rounding
 from qat_plugin.ptq.producers import Producer, producers
+from qat_plugin.ptq.ranks import from_every, of_first, several
 from qat_plugin.ptq.scale_search import Candidate
 from qat_plugin.ptq.smoothquant import search_smoothquant
 from qat_plugin.ptq.statistics import InputStatistics
@@ -96,7 +97,8 @@ def scale_block(
     A scale goes into the module that produces the input where the float block then computes the same on the sample, to
     a relative 1e-5 (a 16-bit block is tried in float32; its own parameters are then rounded once to their type).
     Elsewhere it becomes an input scale of each layer. Call it before weights become integers: layers that change take
-    new scales, and static schemes must be calibrated afterwards.
+    new scales, and static schemes must be calibrated afterwards. Under ``torch.distributed`` every rank calls it, with
+    the same statistics: the sample of rank 0 tells what could be folded, and is, where no rank's own speaks against it.
 
     Args:
         block: a part of a prepared model that can be called by itself.
@@ -155,14 +157,16 @@ class _BlockScaler:
     """Scales the groups of one block in turn; tries folding on a float32 copy where parameters have 16 bits."""
 
     def __init__(self, block: nn.Module, sample: Sample, model: nn.Module | None, search: Search, keep: bool) -> None:
-        self.block, self.sample, self.search, self.keep = block, sample, search, keep
+        self.block, self.own, self.search, self.keep = block, sample, search, keep
+        self.sample = of_first(sample)
         self.twin, self.unfoldable = block, ""
-        self.seen = trace(block, sample)
+        self.seen = trace(block, self.sample)
         if any(parameter.dtype.itemsize < 4 for parameter in block.parameters()):
             self._use_float32_copy()
         change, _ = largest_change(self.seen, trace(self.twin, self.sample), None)
         if not change <= TOLERANCE:
             self.unfoldable = "the block does not give the same output twice, so that folding cannot be checked"
+        self.own_seen = trace(self.twin, self.own) if several() else self.seen
         self.twins = dict(zip(block.modules(), self.twin.modules(), strict=True))
         self.originals = {twin: original for original, twin in self.twins.items()}
         self.used_elsewhere = set() if model is None else _used_outside(model, block)
@@ -175,6 +179,7 @@ class _BlockScaler:
             self.unfoldable = f"a float32 copy of the block does not run, so that folding cannot be checked ({error})"
         else:
             self.twin, self.sample, self.seen = twin, sample, seen
+            self.own = tree_map(_in_float32, self.own)
 
     def scale(self, group: Group, statistics: Mapping[str, InputStatistics]) -> ScalingNote:
         """Find a scale for one group and apply it."""
@@ -231,12 +236,22 @@ class _BlockScaler:
             if _does_nothing(found):
                 reasons.append(f"no scale that {name_in(self.block, mine.module)} could take quantizes better")
                 continue
-            reason, self.seen = fold(self.twin, twins, producer, found.scale, self.sample, self.seen)
+            objection = partial(self._objection, producer)
+            reason, self.seen = fold(self.twin, twins, producer, found.scale, self.sample, self.seen, objection)
             reason = reason or self._folded_for_good(layers, mine, found.scale)
             if not reason:
                 return self._full_name(mine.module, layers[0]), found
             reasons.append(reason)
         return reasons[0] if reasons else "nothing in the block that could be scaled produces this input", None
+
+    def _objection(self, producer: Producer) -> str:
+        """Why not to fold for the sample of any rank; "" when none objects."""
+        if not several():
+            return ""
+        after = trace(self.twin, self.own)
+        reason = next(filter(None, from_every(changed(self.twin, producer, self.own_seen, after))), "")
+        self.own_seen = self.own_seen if reason else after
+        return reason
 
     def _folded_for_good(self, layers: Sequence[nn.Module], producer: Producer, scale: Tensor) -> str:
         """Do in the block what was right in its copy; why not, or ""."""

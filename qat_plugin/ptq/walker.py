@@ -29,6 +29,7 @@ from qat_plugin.ptq.gptq import GptqOptions
 from qat_plugin.ptq.inputs import Group, Run, gather, input_groups, layer_named, looks_at_inputs, names_of
 from qat_plugin.ptq.layerwise import Rounder
 from qat_plugin.ptq.methods import Method
+from qat_plugin.ptq.ranks import from_every
 from qat_plugin.ptq.results import LayerResult
 from qat_plugin.ptq.scaling import scale_block
 from qat_plugin.ptq.statistics import InputStatistics
@@ -156,7 +157,8 @@ class Walker:
         finally:
             for handle in handles:
                 handle.remove()
-        return early
+        reached = dict.fromkeys(name for names in from_every(list(early)) for name in names)  # on any rank
+        return {name: loose[name] for name in reached}
 
     # ------------------------------------------------------------------------------------------------------ the parts
 

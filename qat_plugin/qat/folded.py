@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from qat_plugin.errors import DataError
+
 FOLD = "batch_norm_fold"
 
 
@@ -45,8 +47,19 @@ class FoldedNorm:
     """The forward of a folded BatchNorm, in every mode: add the shift, unless the layer's kernel does."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """The input, shifted; [batch, channels, ...]."""
+        """The input, shifted; [batch, channels, ...].
+
+        Raises:
+            DataError: without a batch dimension. BatchNorm1d would take [channels, length] for [batch, channels] and
+                normalise along the length, which is not what was folded; the others refuse it too.
+        """
         fold: Fold = self.__dict__[FOLD]
+        if input.dim() != fold.layer.weight.dim():  # type: ignore[operator]
+            raise DataError(
+                f"{fold.names[1]}: an input of {list(input.shape)} has no batch dimension, without which its norm "
+                f"cannot be folded into {fold.names[0]}: give the model x.unsqueeze(0), or keep {fold.names[0]} in "
+                "float (keep=[...] in the policy)"
+            )
         if fold.absorbed:
             return input
         return input + fold.shift.reshape(-1, *[1] * (input.dim() - 2)).to(input.dtype)

@@ -10,6 +10,7 @@ bias is trained and its weight has no gradient: a DistributedDataParallel that w
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from qat_plugin.errors import CheckpointError
+from qat_plugin.errors import CheckpointError, PrepareError
 from qat_plugin.policy.roles import clean_name
 from qat_plugin.qat.folded import (
     Fold,
@@ -33,6 +34,9 @@ from qat_plugin.qat.folded import (
 from qat_plugin.qat.layers import ATTRIBUTE, FakeQuantized, has_stock_forward
 from qat_plugin.qat.pairs import norm_pairs
 
+Pair = tuple[nn.Module, _BatchNorm, tuple[str, str]]
+"""A layer, the norm behind it, and their names in the model."""
+
 
 @torch.no_grad()
 def fold_norms(model: nn.Module) -> list[Fold]:
@@ -41,18 +45,29 @@ def fold_norms(model: nn.Module) -> list[Fold]:
     Left as they are: norms that saw no batch yet (their statistics mean nothing), that keep no statistics or have a
     forward of their own; layers that have one, or whose weight is shared, sharded or on the meta device; nn.Linear,
     whose channels a BatchNorm1d normalises in [batch, features] and not in [batch, length, features], of which no
-    graph tells.
+    graph tells. Neither is a pair folded whose layer has a forward hook, or its norm any hook, or either a backward
+    one: they would see other numbers; a warning names it.
 
     Under ``torch.distributed`` each rank must call; the statistics of rank 0 are folded on all.
 
     Returns:
         The folds that were made now.
+
+    Raises:
+        PrepareError: when a layer to fold into has fixed scales, which would be those of another weight; nothing is
+            changed then.
     """
     pairs = [
         (layer, norm, names)
-        for layer, norm, names in foldable(model)
+        for layer, norm, names in _sound_pairs(model)
         if isinstance(layer, FakeQuantized) and layer.fake_quantizer.scheme.static
     ]
+    for layer, norm, names in pairs:
+        if seen_by := _seen_by_hooks(layer, norm, names):
+            message = f"{names[1]} is not folded into {names[0]}: {seen_by} has a hook, which would see other numbers"
+            warnings.warn(message, stacklevel=3)
+    pairs = [pair for pair in pairs if not _seen_by_hooks(*pair)]
+    _check_no_fixed_scales(pairs)
     _agree([norm for _, norm, _ in pairs])
     return [_fold(model, *pair) for pair in pairs]
 
@@ -70,8 +85,30 @@ def _agree(norms: Sequence[_BatchNorm]) -> None:
         statistic.copy_(agreed)
 
 
-def foldable(model: nn.Module) -> list[tuple[nn.Module, _BatchNorm, tuple[str, str]]]:
+def _check_no_fixed_scales(pairs: Sequence[Pair]) -> None:
+    for layer, _, (name, norm) in pairs:
+        if getattr(layer, ATTRIBUTE).frozen_scale is not None:
+            raise PrepareError(
+                f"{name} holds fixed scales (hold(), Phase.FROZEN), and folding {norm} into it would leave them to "
+                "another weight: begin fake quantization first (set_phase(model, Phase.FAKE_QUANTIZED)), which folds, "
+                "and fix scales after it"
+            )
+
+
+def foldable(model: nn.Module) -> list[Pair]:
     """Layer, norm and their names, of each pair of a model that can be folded and is not."""
+    return [pair for pair in _sound_pairs(model) if not _seen_by_hooks(*pair)]
+
+
+def _seen_by_hooks(layer: nn.Module, norm: _BatchNorm, names: tuple[str, str]) -> str:
+    """The module of a pair that has a hook which sees what a fold changes: what flows between the two; "" for none."""
+    backward = ("_backward_hooks", "_backward_pre_hooks")
+    seeing = ((layer, ("_forward_hooks", *backward)), (norm, ("_forward_pre_hooks", "_forward_hooks", *backward)))
+    found = (name for name, (module, kinds) in zip(names, seeing, strict=True) if any(map(module.__dict__.get, kinds)))
+    return next(found, "")
+
+
+def _sound_pairs(model: nn.Module) -> list[Pair]:
     norms = [
         module for module in model.modules() if isinstance(module, _BatchNorm) and not isinstance(module, FoldedNorm)
     ]
@@ -153,6 +190,9 @@ def set_folds(model: nn.Module, wanted: Sequence[Sequence[str]]) -> None:
     for fold in folds(model):
         unmark(fold)
     for layer, norm in pairs:
+        if seen_by := _seen_by_hooks(modules[layer], cast(_BatchNorm, modules[norm]), (layer, norm)):
+            message = f"{seen_by} has a hook, and the checkpoint folded {norm} into {layer}: it will see other numbers"
+            warnings.warn(message, stacklevel=3)
         mark(model, (paths[modules[layer]], paths[modules[norm]]))
 
 

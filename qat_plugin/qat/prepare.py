@@ -214,19 +214,37 @@ def set_phase(model: nn.Module, phase: Phase) -> None:
         ConfigError: for another ``initial``, or one without ``learn_scales``.
         PrepareError: when the model is not prepared.
     """
-    phase, layers = as_phase(phase), required_layers(model)
-    if phase in (Phase.FAKE_QUANTIZED, Phase.FROZEN):
+    _enter(model, list(required_layers(model).values()), as_phase(phase))
+
+
+def fake_quantize_all(model: nn.Module) -> None:
+    """Let the layers that compute in float fake-quantize; those that do so already, held ones among them, stay.
+
+    Raises:
+        PrepareError: as :func:`set_phase`.
+    """
+    waiting = [layer for layer in required_layers(model).values() if not getattr(layer, ATTRIBUTE).active]
+    if waiting:
+        _enter(model, waiting, Phase.FAKE_QUANTIZED)
+
+
+def _enter(model: nn.Module, layers: list[nn.Module], phase: Phase) -> None:
+    """Move layers to a phase, folding norms where fake quantization begins: before scales are fixed, after releases."""
+    if phase is Phase.FROZEN:
         fold_norms(model)
-    for layer in layers.values():
+    for layer in layers:
         getattr(layer, ATTRIBUTE).enter(phase, current_weight(layer))
+    if phase is Phase.FAKE_QUANTIZED:
+        fold_norms(model)
 
 
 def get_phase(model: nn.Module) -> Phase:
-    """The phase the prepared layers are in.
+    """The phase of the prepared layers; the earliest, where some are ahead (:func:`~qat_plugin.qat.hold`).
 
     Raises:
         ConfigError: for another ``initial``, or one without ``learn_scales``.
         PrepareError: when the model is not prepared.
     """
-    phase: Phase = getattr(next(iter(required_layers(model).values())), ATTRIBUTE).phase
-    return phase
+    order = list(Phase)
+    phases: list[Phase] = [getattr(layer, ATTRIBUTE).phase for layer in required_layers(model).values()]
+    return min(phases, key=order.index)

@@ -271,6 +271,7 @@ class LayerQuantizer(nn.Module):
         """Take scales and zero points from elsewhere: learned ones start from them, others are frozen to them."""
         if self.grid is not None:
             self.grid.hold(scale, zero_point)
+        if self.grid is not None and self.frozen_scale is None:
             return
         self.frozen_scale, self.frozen_zero_point = scale.clone(), zero_point
         self.phase = Phase.FROZEN

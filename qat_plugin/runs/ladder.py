@@ -183,5 +183,6 @@ def _renamed(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         **state,
         "plan": plan,
         "folded": folded,
+        **({"phases": {own(name): phase for name, phase in state["phases"].items()}} if "phases" in state else {}),
         "layers": {own(name): layer for name, layer in state["layers"].items()},
     }

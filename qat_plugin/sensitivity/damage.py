@@ -31,7 +31,6 @@ from qat_plugin.qat import (
     reusing_weights,
     unprepare,
 )  # fmt: skip
-from qat_plugin.qat.folded import folds
 from qat_plugin.qat.folding import Unfolded
 from qat_plugin.qat.layers import current_weight
 from qat_plugin.scheme import Scheme
@@ -71,7 +70,7 @@ class Measure:
 
     Raises:
         DataError: when there is no batch.
-        ConfigError: for an unknown method, or one that changes more than the weights it quantizes.
+        ConfigError: for an unknown method, or one that changes more than the weights it quantizes (AWQ, SmoothQuant).
     """
 
     def __init__(
@@ -79,6 +78,13 @@ class Measure:
     ) -> None:
         if quantize not in METHODS:
             raise ConfigError(f"quantize={quantize!r} is not one of {', '.join(METHODS)}")
+        if METHODS[quantize].scaling is not None:
+            alone = ", ".join(name for name, method in METHODS.items() if method.scaling is None)
+            raise ConfigError(
+                f"quantize={quantize!r} divides a layer's input inside the layers before it, so that layers cannot be "
+                f"measured one at a time: choose the policy with quantize= one of {alone}, and calibrate the model "
+                f"with method={quantize!r} under that policy"
+            )
         self.model, self.quantize = model, quantize
         self.batches = list(batches)
         if not self.batches:
@@ -219,39 +225,17 @@ class Measure:
                 module.training = training
 
     def _calibrate(self, plan: Plan) -> None:
-        """Find the integers of every layer of a plan, and check that nothing else was changed."""
-        mine = {layer.name for layer in plan.quantized}
-        own = {id(current_weight(module)) for _, module in _by_name(self.model, mine)}
-        stands_alone = True
-        others = {n: p.detach().clone() for n, p in self.model.named_parameters() if id(p) not in own}
+        """Find the integers of every layer of a plan."""
         with self._restoring(plan.quantized):
             calibrate(self.model, plan, self.batches, method=self.quantize, progress=False)
             try:
                 modules = prepared_layers(self.model)
                 for name, quantizer in quantizers(self.model).items():
-                    stands_alone &= getattr(quantizer, "input_scale", None) is None
                     if quantizer.scheme.is_integer:
                         integers = quantizer.integers(current_weight(modules[name]).detach())
                         self._integers[name, quantizer.scheme] = integers
-                parts = [part for fold in folds(self.model) for part in (fold.layer, fold.norm)]
-                folded = {id(p) for part in parts for p in part.parameters(recurse=False)}  # put back with the weights
-                changed = [
-                    n
-                    for n, p in self.model.named_parameters()
-                    if n in others and id(p) not in folded and not torch.equal(p, others[n])
-                ]
             finally:
                 unprepare(self.model)
-        if changed or not stands_alone:
-            with torch.no_grad():
-                for name, parameter in self.model.named_parameters():
-                    if name in others:
-                        parameter.copy_(others[name])
-            what = changed[0] if changed else "what a layer's input is divided by"
-            raise ConfigError(
-                f"quantize={self.quantize!r} changes more than the layers that it quantizes ({what}), so that "
-                "layers cannot be measured one at a time: choose the policy with quantize='rtn', and calibrate it so"
-            )
 
 
 def _by_name(model: nn.Module, names: set[str]) -> Iterator[tuple[str, nn.Module]]:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from qat_plugin.callbacks import QuantizationAwareTraining
+from qat_plugin.kernels.weight import CastWeight, QuantizedWeight
 
 WIDTH, CLASSES, VOCABULARY = 64, 4, 96
 
@@ -162,3 +163,17 @@ def quantizers_in(saved: dict[str, Any]) -> dict[str, Any]:
 def batch_of(data: DataLoader[Any]) -> list[Tensor]:
     batch: list[Tensor] = next(iter(data))
     return batch
+
+
+def quantized(module: nn.Module) -> dict[str, QuantizedWeight]:
+    """The integer weights of a module by name."""
+    found = {name: weight.data for name, weight in module.named_parameters()}
+    return {name: weight for name, weight in found.items() if isinstance(weight, QuantizedWeight)}
+
+
+def dequantized(module: nn.Module) -> dict[str, Tensor]:
+    """The float state_dict that a converted module stands for."""
+    return {
+        name: value.dequantize() if isinstance(value, QuantizedWeight | CastWeight) else value
+        for name, value in module.state_dict().items()
+    }

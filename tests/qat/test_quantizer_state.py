@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from qat_plugin import Phase, prepare, set_phase
-from qat_plugin.errors import CheckpointError, PrepareError
-from qat_plugin.qat import get_phase, load_quantizer_state, quantizer_state, quantizers
+from qat_plugin import Phase, convert, prepare, set_phase
+from qat_plugin.errors import CheckpointError, ConversionError, PrepareError
+from qat_plugin.grid_search import search_scales
+from qat_plugin.numerics import quantize
+from qat_plugin.qat import begin_scales, get_phase, hold, load_quantizer_state, quantizer_state, quantizers
 from tests.qat.models import FAMILIES, MLP, batch, llama, output
 
 
@@ -155,6 +157,8 @@ def test_a_state_that_does_not_fit_names_the_layer_and_changes_nothing(damage: D
         ({"version": 1}, "not a quantizer state"),
         ({"version": 1, "phase": "melted", "plan": [], "layers": {}}, "melted"),
         ({"version": 1, "phase": "float", "plan": 3, "layers": {}}, "not a quantizer state"),
+        ({"version": 1, "phase": "float", "phases": {"x": "frozen"}, "plan": [], "layers": {}}, "plan has not: x"),
+        ({"version": 1, "phase": "float", "initial": "best", "plan": [], "layers": {}}, "'best' is not one of minmax"),
         (None, "not a quantizer state"),
     ],
 )
@@ -189,3 +193,60 @@ def test_an_unprepared_model_has_none() -> None:
         quantizer_state(nn.Linear(2, 2))
     with pytest.raises(PrepareError, match="is not prepared"):
         load_quantizer_state(nn.Linear(2, 2), {})
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g32", "w4a16-g32-asym", "w8a8"])
+@pytest.mark.parametrize("held", ["up", "down"])
+@pytest.mark.parametrize("phase", [Phase.FLOAT, Phase.FAKE_QUANTIZED])
+def test_a_model_with_one_held_layer_comes_back_as_it_was(scheme: str, held: str, phase: Phase) -> None:
+    """Holding freezes that layer alone: its phase is not the others'."""
+    model, x = prepare(MLP(), scheme, phase=phase), batch("mlp")
+    layer = getattr(model, held)
+    quantizer = layer.fake_quantizer
+    hold(layer, quantize(layer.weight * 0.9, *search_scales(layer.weight * 0.9, quantizer.scheme), quantizer.scheme))
+    integers = quantizer.integers(layer.weight)
+    assert get_phase(model) is phase, "that of the layers that still have some way to go"
+    fresh = prepare(MLP(), scheme)
+    fresh.load_state_dict(model.state_dict())
+    load_quantizer_state(fresh, through_a_file(quantizer_state(model)))
+    assert {n: q.phase for n, q in quantizers(fresh).items()} == {n: q.phase for n, q in quantizers(model).items()}
+    assert torch.equal(fresh(x), model(x))
+    again = getattr(fresh, held)
+    assert torch.equal(again.fake_quantizer.integers(again.weight).q, integers.q)
+    convert(fresh.eval())
+    assert torch.equal(getattr(fresh, held).weight.integers().q, integers.q)
+    assert torch.equal(getattr(fresh, held).weight.integers().scale, integers.scale)
+
+
+def test_a_conversion_that_fails_leaves_a_held_layer_and_the_others_in_their_phases() -> None:
+    model = prepare(MLP(), "w4a16-g32", phase=Phase.FLOAT)
+    hold(model.up, model.up.fake_quantizer.integers(model.up.weight))
+    with pytest.raises(ConversionError, match="down"):
+        convert(model, inputs={"down": torch.zeros(3, 5)})
+    assert [q.phase for q in quantizers(model).values()] == [Phase.FROZEN, Phase.FLOAT]
+
+
+def test_a_frozen_layer_of_learned_scales_can_be_held() -> None:
+    model = prepare(MLP(), "w4a16-g32", learn_scales=True, phase=Phase.FROZEN)
+    scheme, weight = model.up.fake_quantizer.scheme, model.up.weight.detach() * 0.9
+    wanted = quantize(weight, *search_scales(weight, scheme), scheme)
+    hold(model.up, wanted)
+    found = model.up.fake_quantizer.integers(model.up.weight)
+    assert torch.equal(found.q, wanted.q) and torch.equal(found.scale, wanted.scale)
+
+
+@pytest.mark.parametrize("phase", [Phase.FLOAT, Phase.OBSERVING])
+def test_scales_that_had_not_begun_begin_as_they_would_have(phase: Phase) -> None:
+    model = prepare(MLP(), "w4a16-g32-asym", learn_scales=True, initial="mse", phase=phase)
+    fresh = prepare(MLP(), "w4a16-g32-asym", learn_scales=True)
+    with torch.no_grad():
+        model.up.weight.normal_()  # trained in float meanwhile
+    fresh.load_state_dict(model.state_dict())
+    load_quantizer_state(fresh, through_a_file(quantizer_state(model)))
+    for each in (model, fresh):
+        begin_scales(each)
+        set_phase(each, Phase.FAKE_QUANTIZED)
+    theirs, mine = (m.up.fake_quantizer.integers(m.up.weight) for m in (model, fresh))
+    assert torch.equal(theirs.q, mine.q) and torch.equal(theirs.scale, mine.scale)
+    expected = search_scales(model.up.weight.detach(), model.up.fake_quantizer.scheme)
+    assert torch.equal(mine.scale, expected[0])

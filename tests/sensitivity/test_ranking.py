@@ -15,7 +15,7 @@ from qat_plugin.errors import CheckpointError, ConfigError, DataError, PolicyErr
 from qat_plugin.numerics import round_to_nearest
 from qat_plugin.ptq import METHODS
 from qat_plugin.scheme import Scheme
-from qat_plugin.sensitivity import Entry, Measure, Sensitivity, choices_of, rank_layers, ranked
+from qat_plugin.sensitivity import Entry, Measure, Sensitivity, auto_policy, choices_of, rank_layers, ranked
 from tests.qat.images import residual
 
 from .subjects import assert_untouched, images, llama, snapshot, text
@@ -163,6 +163,21 @@ def test_every_method_of_calibration_measures_or_says_why_not(language_model: nn
         assert all(entry.damage > 0 for entry in found.entries)
     assert not told or "one at a time" in told
     assert_untouched(language_model, before)
+
+
+@pytest.mark.parametrize("quantize", ["awq", "awq-gptq", "smoothquant"])
+def test_methods_that_scale_the_layers_before_are_refused_before_anything_runs(
+    classifier: nn.Module, quantize: str
+) -> None:
+    """Their scales leave a layer's own weight: what one layer costs alone is not what it costs in the model."""
+    calls: list[object] = []
+    classifier.register_forward_pre_hook(lambda *_: calls.append(1))
+    text = rf"quantize='{quantize}' divides .*one at a time.*one of rtn, mse, hqq, gptq, .*method='{quantize}'"
+    with pytest.raises(ConfigError, match=text):
+        rank_layers(classifier, images(1), ["w4a16"], quantize=quantize, progress=False)
+    with pytest.raises(ConfigError, match=text):
+        auto_policy(classifier, images(1), budget="6bpw", candidates=["w4a16", "w8a16"], quantize=quantize)
+    assert not calls
 
 
 @pytest.mark.parametrize("subject", ["classifier", "language_model"])
