@@ -111,7 +111,7 @@ def aim(weight: Tensor, statistics: InputStatistics, share: float = 1.0, *, spen
 
     Args:
         weight: [out_features, in_features].
-        statistics: with or without drift; without it the weight itself is the aim.
+        statistics: with or without drift, which may be this weight's own; without it the weight itself is the aim.
         share: of the way to go.
         spent: nobody needs the statistics' drift after this; it is given up, and its memory.
 
@@ -121,7 +121,8 @@ def aim(weight: Tensor, statistics: InputStatistics, share: float = 1.0, *, spen
     weight = weight.detach().to(torch.float32)
     if statistics.drift is None or not share or not statistics.rows:
         return weight
-    moved = weight @ statistics.drift
+    met = statistics.through is not None
+    moved = weight @ statistics.drift if not met else statistics.drift if spent else statistics.drift.clone()
     if spent:
         statistics.drift = None
     lower = lower_factor(statistics.second_moment, _CORRECTION_DAMPING)
