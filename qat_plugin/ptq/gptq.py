@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qat_plugin.errors import ConfigError
 from qat_plugin.grid_search import search_scales
+from qat_plugin.measure.host_memory import return_freed_memory
 from qat_plugin.numerics import Quantized, choose_qparams, round_to_nearest, row_chunks
 from qat_plugin.ptq.descent import Descent
 from qat_plugin.ptq.factor import lower_factor
@@ -94,6 +95,7 @@ def gptq(
         order = torch.argsort(importance, descending=True, stable=True)
     order = order.flip(0)  # the last is rounded first
     found = Quantized(torch.empty_like(plain.q), scale, zero_point, scheme)
+    return_freed_memory()
     lower = lower_factor(moment, options.damping, order)
     for rows in row_chunks(work):
         part = found.rows(rows)
@@ -103,6 +105,9 @@ def gptq(
             descent.sweep()
         part.q.copy_(descent.q.t())
         part.scale.copy_(descent.scale.t())
+        del descent
+    del lower
+    return_freed_memory()
     return _better_rows(work, moment, found, plain)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from qat_plugin.measure.host_memory import return_freed_memory
 from qat_plugin.numerics import Quantized, round_to_nearest, row_chunks
 from qat_plugin.ptq.gptq import GptqOptions, aim
 from qat_plugin.ptq.methods import Method, rounded
@@ -68,6 +69,7 @@ class Rounder:
         found = rounded(self._method.rounding, rows, statistics, scheme.weight_format, self._options, wanted)
         errors = self._errors(rows, found, statistics, wanted)
         del rows, wanted
+        return_freed_memory()
         hold(layer, found)
         if quantizer.learns_scales:  # what follows sees this layer as it is trained
             quantizer.phase = Phase.FAKE_QUANTIZED

@@ -231,6 +231,8 @@ class Walker:
         for batch in range(len(hidden)):
             output: Tensor = first_output(run(batch)).detach()
             hidden[batch] = output if self.keep_on is None else output.to(self.keep_on)
+            del output
+            return_freed_memory()
 
     def _part(self, stretch: _Stretch, key: str) -> None:
         """One part, from the store or layer by layer."""
