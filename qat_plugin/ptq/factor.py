@@ -35,21 +35,32 @@ def lower_factor(moment: Tensor, damping: float, order: Tensor | None = None) ->
     diagonal = moment.diagonal()
     dead = diagonal <= 0
     mean = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
-    lower = torch.empty_like(moment, memory_format=torch.contiguous_format).mT
-    failed = torch.empty((), dtype=torch.int32, device=moment.device)
-    share = damping
+    upper, share = torch.empty_like(moment, memory_format=torch.contiguous_format), damping
     for _ in range(_RETRIES):
         added = torch.where(dead, mean, share * mean)
-        _reordered(moment, order, lower.mT)
-        lower.diagonal().add_(added if order is None else added[order])
-        torch.linalg.cholesky_ex(lower, out=(lower, failed))
-        if not failed and all_finite(lower):
-            return lower
+        _reordered(moment, order, upper)
+        upper.diagonal().add_(added if order is None else added[order])
+        if _decomposed(upper) and all_finite(upper):
+            return upper.mT
         share *= 10
     raise QatError(
         f"the second moment of the inputs ({len(moment)} features) has no Cholesky decomposition, even with "
         f"{share / 10:g} of its mean diagonal added"
     )
+
+
+def _decomposed(upper: Tensor) -> bool:
+    """Turn H into its upper factor in place, a block of rows at a time: torch's own decomposition copies H."""
+    for start in range(0, len(upper), _ROWS):
+        above, rows = upper[:start, start:], upper[start : start + _ROWS, start:]
+        rows.addmm_(above[:, : len(rows)].t(), above, alpha=-1)
+        corner, failed = torch.linalg.cholesky_ex(rows[:, : len(rows)], upper=True)
+        if failed:
+            return False
+        right = torch.linalg.solve_triangular(corner.mT, rows[:, len(rows) :], upper=False)
+        rows[:, : len(rows)], rows[:, len(rows) :] = corner, right
+        upper[start + _ROWS :, start : start + _ROWS] = 0
+    return True
 
 
 def all_finite(x: Tensor) -> bool:

@@ -59,6 +59,16 @@ class Part:
     resumed: bool = False
 
 
+class Listener:
+    """What is told of a walk; this one is deaf."""
+
+    def layer(self, result: LayerResult, done: int, count: int) -> None:
+        """After each layer that was worked on: number ``done`` of ``count`` in the model."""
+
+    def part(self, part: Part) -> None:
+        """After each part, resumed ones too."""
+
+
 class Store:
     """Where finished parts are kept; this one keeps nothing."""
 
@@ -116,7 +126,7 @@ class Walker:
         options: GPTQ's.
         keep_on: the device on which hidden states wait; by default the model's own.
         store: where finished parts are kept.
-        told: called after each part.
+        told: hears of each layer and part.
 
     Attributes:
         results: what was done so far.
@@ -129,13 +139,14 @@ class Walker:
     options: GptqOptions
     keep_on: torch.device | None = None
     store: Store = field(default_factory=Store)
-    told: Callable[[Part], None] = lambda part: None
+    told: Listener = field(default_factory=Listener)
     results: list[LayerResult] = field(default_factory=list)
     touched: bool = False
 
     def walk(self) -> tuple[LayerResult, ...]:
         """Do all of it."""
         layers = prepared_layers(self.model)
+        self._total = len(layers)
         if not self.method.looks:  # nothing depends on the data, and the float weights stay what they are
             return tuple(LayerResult(name, _spelled(layer), "rtn") for name, layer in layers.items())
         self._rounder = Rounder(self.method, self.options, self.model, layers)
@@ -252,7 +263,7 @@ class Walker:
                 self._rounder.note(result, stretch.layers[result.name])
         self.results += results
         seconds = time.monotonic() - started
-        self.told(Part(self._done, self._count, stretch.name, tuple(results), seconds, stored is not None))
+        self.told.part(Part(self._done, self._count, stretch.name, tuple(results), seconds, stored is not None))
         self._done += 1
 
     def _fresh(self, stretch: _Stretch, scales: bool) -> list[LayerResult]:
@@ -303,11 +314,13 @@ class Walker:
                 return_freed_memory()
                 seen, spent = statistics if looks_at_inputs(layer) else None, index + 1 == len(group.layers)
                 results.append(self._rounder.layer(name, layer, seen, notes.get(name, ""), spent=spent))
+                self.told.layer(results[-1], len(self.results) + len(results), self._total)
             del seen, statistics
             return_freed_memory()
         for name, layer in stretch.layers.items():
             if name not in names_of(groups):
                 results.append(self._rounder.layer(name, layer, None, "it saw no calibration data"))
+                self.told.layer(results[-1], len(self.results) + len(results), self._total)
         return results
 
     def _seen(self, stretch: _Stretch, group: Group, run: Run, twins: list[Twin] | None) -> InputStatistics:
@@ -321,6 +334,7 @@ class Walker:
         if stretch.leave is not None:
             stretch.leave(twins[0].earlier)
         twins.clear()
+
 
 def _inside(blocks: Sequence[nn.Module], layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     members = {id(module) for block in blocks for module in block.modules()}
