@@ -75,7 +75,8 @@ def calibrate(
         resume: a folder for finished blocks: a run that was killed goes on after the last of them, to the same
             integers. It belongs to one model, data and settings, and is refused for others.
         offload: a device (``"cpu"``) on which the hidden states between blocks wait.
-        progress: lines on stderr for work that takes time, nothing, or a callback(done, total) in blocks.
+        progress: a line on stderr for each layer of work that takes time, nothing, or a callback(done, total) in
+            blocks.
 
     Returns:
         ``model``, prepared, its scales frozen. :func:`qat_plugin.ptq.calibration_of` tells what was done.

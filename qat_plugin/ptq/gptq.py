@@ -5,26 +5,29 @@ What is minimised is the squared error of the layer's output, ``tr(E H E^T)`` wi
 coordinate descent over the integers and the scales follow, each of which only lowers that same error (the integer
 sweep is QuantEase's, arXiv:2309.01885). A row for which all that is no better than rounding to nearest keeps the
 rounding, so that the layer's error on its calibration data never ends above it.
+
+Of K x K numbers, K the layer's inputs, two are held at a time: the second moment, and one factor of it (for the aim
+then for the integers). All else is done for a million weights at a time.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, cast
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from qat_plugin.errors import ConfigError, QatError
+from qat_plugin.errors import ConfigError
 from qat_plugin.grid_search import search_scales
-from qat_plugin.learned import learned_scale
-from qat_plugin.numerics import Quantized, choose_qparams, round_to_nearest
+from qat_plugin.measure.host_memory import return_freed_memory
+from qat_plugin.numerics import Quantized, choose_qparams, round_to_nearest, row_chunks
+from qat_plugin.ptq.descent import Descent
+from qat_plugin.ptq.factor import lower_factor
 from qat_plugin.ptq.output_error import row_errors
 from qat_plugin.ptq.statistics import InputStatistics
 from qat_plugin.scheme import Scheme
 
-_BLOCK: Final = 128
-_RETRIES: Final = 12
 _CORRECTION_DAMPING: Final = 0.01
 
 
@@ -60,7 +63,11 @@ class GptqOptions:
 
 @torch.no_grad()
 def gptq(
-    weight: Tensor, statistics: InputStatistics, scheme: Scheme, options: GptqOptions = GptqOptions()
+    weight: Tensor,
+    statistics: InputStatistics,
+    scheme: Scheme,
+    options: GptqOptions = GptqOptions(),
+    wanted: Tensor | None = None,
 ) -> Quantized:
     """Integers of a weight that keep its layer's output on the calibration data.
 
@@ -71,31 +78,47 @@ def gptq(
         statistics: of the layer's input, with its second moment.
         scheme: an integer scheme.
         options: see there.
+        wanted: what :func:`aim` gave, where it is known already.
 
     Raises:
         QatError: when H has no Cholesky decomposition even with heavy damping (it holds NaN or infinity).
     """
-    plain = round_to_nearest(weight.detach().to(torch.float32), scheme)
+    weight = weight.detach().to(torch.float32)
+    plain = round_to_nearest(weight, scheme)
     if statistics.rows == 0:
         return plain
-    moment, work = statistics.second_moment / statistics.rows, aim(weight, statistics, options.correct)
-    scale, zero_point = search_scales(work, scheme, moment.diagonal()) if options.clip else choose_qparams(work, scheme)
-    q = _rounded(work, moment, scale, zero_point, scheme, options)
-    sweep = _Sweeps(work, moment, q, scale, zero_point, scheme)
-    for _ in range(options.sweeps):
-        sweep.integers()
-        sweep.scales()
-    found = Quantized(sweep.q.to(plain.q.dtype), sweep.scale, zero_point, scheme)
+    work, moment = aim(weight, statistics, options.correct) if wanted is None else wanted, statistics.second_moment
+    importance = moment.diagonal() / statistics.rows
+    scale, zero_point = search_scales(work, scheme, importance) if options.clip else choose_qparams(work, scheme)
+    order = torch.arange(len(moment), device=moment.device)
+    if options.act_order:
+        order = torch.argsort(importance, descending=True, stable=True)
+    order = order.flip(0)  # the last is rounded first
+    found = Quantized(torch.empty_like(plain.q), scale, zero_point, scheme)
+    return_freed_memory()
+    lower = lower_factor(moment, options.damping, order)
+    for rows in row_chunks(work):
+        part = found.rows(rows)
+        descent = Descent(work[rows], moment, part.scale, part.zero_point, scheme)
+        descent.round(lower, order)
+        for _ in range(options.sweeps):
+            descent.sweep()
+        part.q.copy_(descent.q.t())
+        part.scale.copy_(descent.scale.t())
+        del descent
+    del lower
+    return_freed_memory()
     return _better_rows(work, moment, found, plain)
 
 
-def aim(weight: Tensor, statistics: InputStatistics, share: float = 1.0) -> Tensor:
+def aim(weight: Tensor, statistics: InputStatistics, share: float = 1.0, *, spent: bool = False) -> Tensor:
     """The float weight that gives on the inputs seen what the float model gives on its own: W + W E[(x_f - x) x^T] / H.
 
     Args:
         weight: [out_features, in_features].
-        statistics: with or without drift; without it the weight itself is the aim.
+        statistics: with or without drift, which may be this weight's own; without it the weight itself is the aim.
         share: of the way to go.
+        spent: nobody needs the statistics' drift after this; it is given up, and its memory.
 
     Returns:
         float32 of the weight's shape.
@@ -103,15 +126,21 @@ def aim(weight: Tensor, statistics: InputStatistics, share: float = 1.0) -> Tens
     weight = weight.detach().to(torch.float32)
     if statistics.drift is None or not share or not statistics.rows:
         return weight
-    moment, drift = statistics.second_moment / statistics.rows, statistics.drift / statistics.rows
-    diagonal = moment.diagonal()
-    damped = moment + torch.diag(_CORRECTION_DAMPING * diagonal.mean() + (diagonal <= 0) * diagonal.mean().clamp(min=1))
-    moved: Tensor = weight + share * torch.linalg.solve(damped, (weight @ drift).t()).t()
+    met = statistics.through is not None
+    moved = weight @ statistics.drift if not met else statistics.drift if spent else statistics.drift.clone()
+    if spent:
+        statistics.drift = None
+    lower = lower_factor(statistics.second_moment, _CORRECTION_DAMPING)
+    for rows in row_chunks(weight):
+        part = torch.linalg.solve_triangular(lower.mT, moved[rows], upper=True, left=False)
+        part = torch.linalg.solve_triangular(lower, part, upper=False, left=False)
+        torch.add(weight[rows], part, alpha=share, out=moved[rows])
     return moved
 
 
 def _better_rows(weight: Tensor, moment: Tensor, found: Quantized, plain: Quantized) -> Quantized:
-    mine, nearest = (row_errors(quantized.dequantize() - weight, moment) for quantized in (found, plain))
+    """Of each row, or of the whole per tensor, the better integers."""
+    mine, nearest = (_errors(quantized, weight, moment) for quantized in (found, plain))
     if found.scheme.per_tensor:
         return plain if bool(mine.sum() > nearest.sum()) else found
     worse = (mine > nearest).unsqueeze(-1)
@@ -123,133 +152,6 @@ def _better_rows(weight: Tensor, moment: Tensor, found: Quantized, plain: Quanti
     )
 
 
-def _rounded(
-    weight: Tensor, moment: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme, options: GptqOptions
-) -> Tensor:
-    """The paper's algorithm: float32 integers [out_features, in_features] on fixed grids."""
-    columns = weight.shape[1]
-    grid = _Columns(scale, zero_point, scheme, columns)
-    order = torch.arange(columns, device=weight.device)
-    if options.act_order:
-        order = torch.argsort(moment.diagonal(), descending=True, stable=True)
-    factor = inverse_factor(moment[order][:, order], options.damping)
-    left = weight[:, order]
-    q = torch.empty_like(left)
-    for start in range(0, columns, _BLOCK):
-        stop = min(start + _BLOCK, columns)
-        errors = torch.empty(len(left), stop - start, device=left.device)
-        part, local = left[:, start:stop], factor[start:stop, start:stop]
-        for i in range(stop - start):
-            d, z = grid.of(order[start + i])
-            levels = grid.levels(part[:, i], d, z)
-            q[:, start + i] = levels
-            errors[:, i] = (part[:, i] - (levels - z) * d) / local[i, i]
-            part[:, i + 1 :] -= errors[:, i : i + 1] * local[i, i + 1 :]
-        left[:, stop:] -= errors @ factor[start:stop, stop:]
-    result = torch.empty_like(q)
-    result[:, order] = q
-    return result
-
-
-def inverse_factor(moment: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of ``(H + damping mean(diag H) I)^-1``, float32 [K, K].
-
-    Inputs that were always zero count as having the mean second moment: their weights are rounded to nearest.
-
-    Raises:
-        QatError: for NaN or infinity, or when no damping helps.
-    """
-    if not bool(torch.isfinite(moment).all()):
-        raise QatError(f"the second moment of the inputs ({len(moment)} features) holds NaN or infinity")
-    diagonal = moment.diagonal()
-    dead = diagonal <= 0
-    mean = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
-    share = damping
-    for _ in range(_RETRIES):
-        damped = moment + torch.diag(torch.where(dead, mean, share * mean))
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and bool(torch.isfinite(upper).all()):
-                return cast(Tensor, upper)
-        share *= 10
-    raise QatError(
-        f"the second moment of the inputs ({len(moment)} features) has no Cholesky decomposition, even with "
-        f"{share / 10:g} of its mean diagonal added"
-    )
-
-
-class _Columns:
-    """The grid of each column."""
-
-    def __init__(self, scale: Tensor, zero_point: Tensor | None, scheme: Scheme, columns: int) -> None:
-        self.scale, self.scheme = scale, scheme
-        self.zero_point = torch.zeros_like(scale) if zero_point is None else zero_point.to(torch.float32)
-        self.size = columns if scheme.group_size is None else scheme.group_size
-
-    def of(self, column: Tensor | int) -> tuple[Tensor, Tensor]:
-        """Scales and zero points of one column, float32 [out_features] (or [1] per tensor)."""
-        group = int(column) // self.size
-        return self.scale[:, group], self.zero_point[:, group]
-
-    def levels(self, weight: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """Integers of one column, as numerics rounds them."""
-        levels = torch.floor(weight / torch.where(scale == 0, 1.0, scale) + 0.5) + zero_point
-        return levels.clamp_(self.scheme.qmin, self.scheme.qmax)
-
-
-class _Sweeps:
-    """Coordinate descent on ``tr(E H E^T)`` from integers and scales that are there; every step lowers it."""
-
-    def __init__(
-        self, weight: Tensor, moment: Tensor, q: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme
-    ) -> None:
-        self.moment, self.q, self.scale, self.scheme = moment, q, scale.clone(), scheme
-        self.grid = _Columns(self.scale, zero_point, scheme, weight.shape[1])
-        self.gradient = (self._numbers() - weight) @ moment  # E H, kept up to date
-
-    def _numbers(self) -> Tensor:
-        size = self.grid.size
-        parts = [
-            (self.q[:, start : start + size] - z.unsqueeze(-1)) * d.unsqueeze(-1)
-            for start in range(0, self.q.shape[1], size)
-            for d, z in [self.grid.of(start)]
-        ]
-        return torch.cat(parts, dim=-1)
-
-    def integers(self) -> None:
-        """Move each weight to the grid's best number, all others fixed."""
-        diagonal = self.moment.diagonal()
-        for start in range(0, self.q.shape[1], _BLOCK):
-            stop = min(start + _BLOCK, self.q.shape[1])
-            gradient, local = self.gradient[:, start:stop], self.moment[start:stop, start:stop]
-            moved = torch.zeros_like(gradient)
-            for i in range(stop - start):
-                if not diagonal[start + i] > 0:
-                    continue
-                d, z = self.grid.of(start + i)
-                old = self.q[:, start + i]
-                new = self.grid.levels((old - z) * d - gradient[:, i] / diagonal[start + i], d, z)
-                moved[:, i] = (new - old) * d
-                self.q[:, start + i] = new
-                gradient += moved[:, i : i + 1] * local[i]
-            self.gradient[:, :start] += moved @ self.moment[start:stop, :start]
-            self.gradient[:, stop:] += moved @ self.moment[start:stop, stop:]
-
-    def scales(self) -> None:
-        """Move each group's scale to its best value that files can hold, integers fixed."""
-        if self.scheme.per_tensor:
-            return
-        size = self.grid.size
-        for group in range(self.scale.shape[1]):
-            part = slice(group * size, (group + 1) * size)
-            old, zero_point = self.grid.of(group * size)
-            levels = self.q[:, part] - zero_point.unsqueeze(-1)
-            curvature = ((levels @ self.moment[part, part]) * levels).sum(-1)
-            slope = (levels * self.gradient[:, part]).sum(-1)
-            best = old - slope / torch.where(curvature > 0, curvature, 1.0)
-            new = learned_scale(best, self.scheme)
-            nearer = (curvature > 0) & (new != 0) & ((new - best).abs() < (old - best).abs())
-            new = torch.where(nearer, new, old)
-            self.gradient += ((new - old).unsqueeze(-1) * levels) @ self.moment[part]
-            self.scale[:, group] = new
+def _errors(quantized: Quantized, weight: Tensor, moment: Tensor) -> Tensor:
+    parts = [row_errors(quantized.rows(rows).dequantize().sub_(weight[rows]), moment) for rows in row_chunks(weight)]
+    return torch.cat(parts) if parts else weight.new_zeros(0)

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from qat_plugin.errors import DataError
+from qat_plugin.measure.host_memory import return_freed_memory
 from qat_plugin.numerics import divided_input, fake_quantize_activation
 from qat_plugin.observers.distributed import synchronize
 from qat_plugin.ptq.chains import Enough
+from qat_plugin.ptq.factor import all_finite
 from qat_plugin.ptq.ranks import failing_together, from_every
 from qat_plugin.ptq.statistics import InputStatistics
 from qat_plugin.qat import LayerQuantizer, Phase
@@ -127,17 +129,13 @@ def gather(
     """
     leader, mine = group.leader, [getattr(layer, ATTRIBUTE) for layer in group.layers.values()]
     quantizer: LayerQuantizer = getattr(leader, ATTRIBUTE)
-    statistics = InputStatistics(quantizer.layer.shape[1], hessian, drifts=twin is not None and hessian)
+    drifts = twin is not None and hessian
+    through = _narrow(group) if drifts else None
+    statistics = InputStatistics(quantizer.layer.shape[1], hessian, drifts, through)
     with failing_together(), _observing(mine, static):
         for batch in range(batches):
-            inputs = _inputs(leader, run, batch, group.calls)
-            beside: list[Tensor | None] = [None] * len(inputs)
-            if twin is not None and hessian:
-                theirs = _inputs(twin[0], twin[1], batch, group.calls)
-                if [x.shape for x in theirs] == [x.shape for x in inputs]:  # experts may be chosen otherwise
-                    beside = [_multiplied(quantizer, x, rounded=False) for x in theirs]
-            for x, float_x in zip(inputs, beside, strict=True):
-                if not bool(torch.isfinite(x).all()):
+            for x, float_x in _beside(group, run, batch, twin if hessian else None):
+                if not all_finite(x):
                     raise DataError(_not_finite(quantizer.layer.name, batch, x))
                 for watching in mine if static else ():
                     watching.observe(_divided(watching, x))
@@ -147,6 +145,30 @@ def gather(
     if static:
         synchronize([each.observer for each in mine if each.observer is not None])
     return statistics
+
+
+def _beside(
+    group: Group, run: Run, batch: int, twin: tuple[nn.Module, Run] | None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """What a group's leader takes in one pass, and beside it, divided alike, what it takes in the float model."""
+    inputs = _inputs(group.leader, run, batch, group.calls)
+    return_freed_memory()  # holes that a pass leaves are not where the next one fits
+    beside: list[Tensor | None] = [None] * len(inputs)
+    if twin is not None:
+        theirs = _inputs(*twin, batch, group.calls)
+        return_freed_memory()
+        if [x.shape for x in theirs] == [x.shape for x in inputs]:  # experts may be chosen otherwise
+            beside = [_multiplied(getattr(group.leader, ATTRIBUTE), x, rounded=False) for x in theirs]
+    yield from zip(inputs, beside, strict=True)
+
+
+def _narrow(group: Group) -> Tensor | None:
+    """The weight of a layer alone with fewer outputs than inputs: what its output drifts by is less to hold."""
+    quantizer: LayerQuantizer = getattr(group.leader, ATTRIBUTE)
+    weight = current_weight(group.leader)
+    if len(group.layers) > 1 or quantizer.layer.shape[0] >= quantizer.layer.shape[1] or weight.dim() != 2:
+        return None
+    return quantizer.scaled_rows(weight.detach()).to(torch.float32)
 
 
 def _divided(quantizer: LayerQuantizer, x: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from qat_plugin.numerics import Quantized, round_to_nearest
+from qat_plugin.measure.host_memory import return_freed_memory
+from qat_plugin.numerics import Quantized, round_to_nearest, row_chunks
 from qat_plugin.ptq.gptq import GptqOptions, aim
 from qat_plugin.ptq.methods import Method, rounded
 from qat_plugin.ptq.output_error import output_error
@@ -36,7 +37,9 @@ class Rounder:
         self._parted = _parted_by_conversion(model, layers)
 
     @torch.no_grad()
-    def layer(self, name: str, layer: nn.Module, statistics: InputStatistics | None, note: str = "") -> LayerResult:
+    def layer(
+        self, name: str, layer: nn.Module, statistics: InputStatistics | None, note: str = "", *, spent: bool = False
+    ) -> LayerResult:
         """Give a layer its integers.
 
         Args:
@@ -44,6 +47,7 @@ class Rounder:
             layer: prepared.
             statistics: of its input, where it multiplies and saw any.
             note: what to add to the result.
+            spent: no other layer needs these statistics' drift; see :func:`~qat_plugin.ptq.gptq.aim`.
         """
         quantizer: LayerQuantizer = getattr(layer, ATTRIBUTE)
         scheme, weight = quantizer.scheme, current_weight(layer)
@@ -59,14 +63,18 @@ class Rounder:
             return LayerResult(
                 name, str(scheme), shared[0].method, note=f"the integers of {shared[0].name}", written=False
             )
-        rows = quantizer.scaled_rows(weight).clone()
-        found = rounded(self._method.rounding, rows, statistics, scheme.weight_format, self._options)
+        rows, wanted = quantizer.scaled_rows(weight), None
+        if self._method.rounding == "gptq" and statistics is not None:
+            wanted = aim(rows, statistics, self._options.correct, spent=spent)
+        found = rounded(self._method.rounding, rows, statistics, scheme.weight_format, self._options, wanted)
+        errors = self._errors(rows, found, statistics, wanted)
+        del rows, wanted
+        return_freed_memory()
         hold(layer, found)
         if quantizer.learns_scales:  # what follows sees this layer as it is trained
             quantizer.phase = Phase.FAKE_QUANTIZED
         blind = statistics is None or not statistics.rows
         used = "mse" if self._method.rounding == "gptq" and blind else self._method.rounding
-        errors = self._errors(rows, found, statistics)
         result = LayerResult(name, str(scheme), used, 0 if statistics is None else statistics.rows, *errors, note=note)
         self.note(result, layer)
         return result
@@ -79,17 +87,20 @@ class Rounder:
             self._held.setdefault(id(weight), (result, quantizer.integers(weight)))
 
     def _errors(
-        self, rows: Tensor, found: Quantized, statistics: InputStatistics | None
+        self, rows: Tensor, found: Quantized, statistics: InputStatistics | None, wanted: Tensor | None
     ) -> tuple[float | None, float | None]:
+        """Of rounding to nearest and of the integers found, as shares of the output's energy."""
         if statistics is None or not statistics.rows:
             return None, None
-        moment, wanted = statistics.second_moment / statistics.rows, rows.to(torch.float32)
-        if self._method.rounding == "gptq":
-            wanted = aim(rows, statistics, self._options.correct)
-        energy = output_error(wanted, moment) or 1.0
-        nearest = round_to_nearest(rows, found.scheme)
-        before, after = (output_error(q.dequantize() - wanted, moment) / energy for q in (nearest, found))
-        return before, after
+        wanted = rows if wanted is None else wanted
+        nearest, totals = round_to_nearest(rows, found.scheme), [0.0, 0.0, 0.0]
+        for part in row_chunks(rows):
+            aimed = wanted[part].to(torch.float32)
+            tries = [aimed, *(q.rows(part).dequantize().sub_(aimed) for q in (nearest, found))]
+            for index, difference in enumerate(tries):
+                totals[index] += output_error(difference, statistics.second_moment)
+        energy, before, after = totals
+        return before / (energy or statistics.rows), after / (energy or statistics.rows)
 
 
 def _parted_by_conversion(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[int]:

@@ -63,13 +63,21 @@ def method_named(name: str) -> Method:
 
 
 def rounded(
-    rounding: Rounding, weight: Tensor, statistics: InputStatistics | None, scheme: Scheme, options: GptqOptions
+    rounding: Rounding,
+    weight: Tensor,
+    statistics: InputStatistics | None,
+    scheme: Scheme,
+    options: GptqOptions,
+    wanted: Tensor | None = None,
 ) -> Quantized:
-    """Integers of one weight, [out_features, in_features], by the method; without statistics GPTQ is a search."""
+    """Integers of one weight, [out_features, in_features], by the method; without statistics GPTQ is a search.
+
+    What is ``wanted`` (:func:`~qat_plugin.ptq.gptq.aim`) can be given to GPTQ where it is known.
+    """
     seen = statistics is not None and statistics.rows > 0
     if rounding == "rtn":
         return round_to_nearest(weight, scheme)
     if rounding == "gptq" and statistics is not None and seen:
-        return gptq(weight, statistics, scheme, options)
+        return gptq(weight, statistics, scheme, options, wanted)
     importance = statistics.mean_square if statistics is not None and seen else None
     return hqq(weight, scheme, importance) if rounding == "hqq" else clip_search(weight, scheme, importance)

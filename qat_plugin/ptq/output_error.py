@@ -18,7 +18,7 @@ Rounding = Callable[[Tensor, Scheme], Quantized]
 
 def row_errors(difference: Tensor, second_moment: Tensor) -> Tensor:
     """``diag(D H D^T)``, the squared error of each output, float32 [out_features]; see :func:`output_error`."""
-    squares: Tensor = ((difference @ second_moment) * difference).sum(-1)
+    squares: Tensor = (difference @ second_moment).mul_(difference).sum(-1)
     return squares
 
 
@@ -29,7 +29,7 @@ def output_error(difference: Tensor, second_moment: Tensor) -> float:
         difference: rounded minus true weight, float32 [out_features, in_features].
         second_moment: float32 [in_features, in_features].
     """
-    return float(((difference @ second_moment) * difference).sum(dtype=torch.float64))
+    return float((difference @ second_moment).mul_(difference).sum(dtype=torch.float64))
 
 
 def weight_error(weight: Tensor, scheme: Scheme, second_moment: Tensor, scale: Tensor, rounding: Rounding) -> float:

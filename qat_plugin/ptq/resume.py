@@ -87,6 +87,9 @@ class _Folder(Store):
     def __init__(self, folder: Path, belongs: str) -> None:
         self._folder, self._belongs = folder, belongs
 
+    def has(self, part: str) -> bool:
+        return self._path(part).exists()
+
     def load(self, part: str, layers: Mapping[str, nn.Module], changed: nn.Module | None) -> list[LayerResult] | None:
         path = self._path(part)
         if not all(from_every(path.exists())):  # another rank was killed before it kept this part

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from qat_plugin.numerics import row_chunks
+
 
 @dataclass
 class InputStatistics:
@@ -20,14 +22,16 @@ class InputStatistics:
         absmax: greatest |x|, float32 [K] (SmoothQuant's, arXiv:2211.10438).
         hessian: gather the second moment.
         drifts: gather the drift too.
-        drift: sum of (x_f - x) x^T, float32 [K, K], where x_f is what the float model gives to the layer; ``None``
-            unless it was gathered.
+        through: W, float32 [N, K]: gather the drift as one layer meets it.
+        drift: sum of (x_f - x) x^T, float32 [K, K], where x_f is what the float model gives to the layer; or of
+            W (x_f - x) x^T, [N, K]; ``None`` unless it was gathered.
         rows: number of rows seen.
     """
 
     in_features: int
     hessian: bool = True
     drifts: bool = False
+    through: Tensor | None = None
     second_moment: Tensor = field(init=False)
     sum_abs: Tensor = field(init=False)
     absmax: Tensor = field(init=False)
@@ -38,7 +42,7 @@ class InputStatistics:
         size = self.in_features if self.hessian else 0
         self.second_moment = torch.zeros(size, size)
         if self.drifts:
-            self.drift = torch.zeros(size, size)
+            self.drift = self._no_drift()
         self.sum_abs = torch.zeros(self.in_features, dtype=torch.float64)
         self.absmax = torch.zeros(self.in_features)
 
@@ -49,17 +53,28 @@ class InputStatistics:
         if not len(rows):
             return
         self.to(rows.device)
+        beside = None
+        if self.hessian and float_x is not None:
+            self.drift = self._no_drift() if self.drift is None else self.drift
+            beside = float_x.detach().reshape(-1, self.in_features)
+        for part in row_chunks(rows):
+            self._add(rows[part], None if beside is None else beside[part].to(rows.device, torch.float32))
+
+    def _add(self, rows: Tensor, beside: Tensor | None) -> None:
         if self.hessian:
             self.second_moment.addmm_(rows.t(), rows)
-            if float_x is not None:
-                if self.drift is None:
-                    self.drift = torch.zeros_like(self.second_moment)
-                beside = float_x.detach().reshape(-1, self.in_features).to(rows.device, torch.float32)
-                self.drift.addmm_((beside - rows).t(), rows)
+        if beside is not None and self.drift is not None:
+            drifted = beside - rows
+            left = drifted.t() if self.through is None else self.through @ drifted.t()
+            self.drift.addmm_(left, rows)
         magnitude = rows.abs()
         self.sum_abs += magnitude.sum(0, dtype=torch.float64)
         self.absmax = torch.maximum(self.absmax, magnitude.amax(0))
         self.rows += len(rows)
+
+    def _no_drift(self) -> Tensor:
+        size = self.in_features if self.hessian else 0
+        return torch.zeros(size if self.through is None else len(self.through), size, device=self.second_moment.device)
 
     def to(self, device: torch.device) -> InputStatistics:
         """Move the sums to a device, in place."""
@@ -67,6 +82,7 @@ class InputStatistics:
             self.second_moment, self.sum_abs = self.second_moment.to(device), self.sum_abs.to(device)
             self.absmax = self.absmax.to(device)
             self.drift = None if self.drift is None else self.drift.to(device)
+            self.through = None if self.through is None else self.through.to(device)
         return self
 
     def synchronize(self) -> None:

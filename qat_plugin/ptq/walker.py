@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat_plugin.measure.host_memory import return_freed_memory
 from qat_plugin.ptq.chains import Chain, ChainInputs, find_chains, first_output, record
 from qat_plugin.ptq.feeding import arguments
 from qat_plugin.ptq.gptq import GptqOptions
@@ -34,6 +35,7 @@ from qat_plugin.ptq.results import LayerResult
 from qat_plugin.ptq.scaling import scale_block
 from qat_plugin.ptq.statistics import InputStatistics
 from qat_plugin.ptq.tracing import Sample
+from qat_plugin.ptq.twin import Twin
 from qat_plugin.qat import LayerQuantizer, prepared_layers
 from qat_plugin.qat.layers import ATTRIBUTE
 
@@ -58,8 +60,22 @@ class Part:
     resumed: bool = False
 
 
+class Listener:
+    """What is told of a walk; this one is deaf."""
+
+    def layer(self, result: LayerResult, done: int, count: int) -> None:
+        """After each layer that was worked on: number ``done`` of ``count`` in the model."""
+
+    def part(self, part: Part) -> None:
+        """After each part, resumed ones too."""
+
+
 class Store:
     """Where finished parts are kept; this one keeps nothing."""
+
+    def has(self, part: str) -> bool:
+        """Whether an earlier session finished a part."""
+        return False
 
     def load(self, part: str, layers: Mapping[str, nn.Module], changed: nn.Module | None) -> list[LayerResult] | None:
         """Put an earlier session's results into the layers; ``None`` when there are none."""
@@ -88,6 +104,7 @@ class _Stretch:
         sample: the arguments of a real call of ``module``.
         running: a copy of ``module`` -> what runs it, on the quantized model's inputs or (``True``) the float one's.
         whole: nothing of the model lies outside, so that a copy of it and scales may be afforded.
+        leave: takes the float model's inputs past ``module``, given it in float; ``None`` where nothing follows.
     """
 
     name: str
@@ -96,6 +113,7 @@ class _Stretch:
     sample: Sample
     running: Callable[[nn.Module, bool], Run]
     whole: bool = True
+    leave: Callable[[nn.Module], None] | None = None
 
 
 @dataclass
@@ -109,7 +127,7 @@ class Walker:
         options: GPTQ's.
         keep_on: the device on which hidden states wait; by default the model's own.
         store: where finished parts are kept.
-        told: called after each part.
+        told: hears of each layer and part.
 
     Attributes:
         results: what was done so far.
@@ -122,13 +140,14 @@ class Walker:
     options: GptqOptions
     keep_on: torch.device | None = None
     store: Store = field(default_factory=Store)
-    told: Callable[[Part], None] = lambda part: None
+    told: Listener = field(default_factory=Listener)
     results: list[LayerResult] = field(default_factory=list)
     touched: bool = False
 
     def walk(self) -> tuple[LayerResult, ...]:
         """Do all of it."""
         layers = prepared_layers(self.model)
+        self._total = len(layers)
         if not self.method.looks:  # nothing depends on the data, and the float weights stay what they are
             return tuple(LayerResult(name, _spelled(layer), "rtn") for name, layer in layers.items())
         self._rounder = Rounder(self.method, self.options, self.model, layers)
@@ -183,17 +202,20 @@ class Walker:
             self._loose(layers)
             self._done += len(chain.blocks) - 1
             return
-        float_hidden = [hidden.clone() for hidden in inputs.hidden] if self._corrects else []
+        float_hidden = list(inputs.hidden) if self._corrects else []  # the same tensors until blocks differ
         for index, block in enumerate(chain.blocks):
             mine = _inside([block], layers)
             running = self._block_runs(inputs, index, float_hidden)
             name = chain.block_name(index)
             sample = inputs.arguments(index, 0, self._here(inputs.hidden[0]))
-            twin = self._part(_Stretch(name, mine, block, sample, running), name)
-            if index + 1 < len(chain.blocks):
+            last = index + 1 == len(chain.blocks)
+            leave = None if last or not self._corrects else self._leaving(running, float_hidden)
+            self._part(_Stretch(name, mine, block, sample, running, leave=leave), name)
+            if not last:
                 self._advance(running(block, False), inputs.hidden)
-                if twin is not None:
-                    self._advance(running(twin, True), float_hidden)
+
+    def _leaving(self, running: Callable[[nn.Module, bool], Run], hidden: list[Tensor]) -> Callable[[nn.Module], None]:
+        return lambda block: self._advance(running(block, True), hidden)
 
     def _block_runs(
         self, inputs: ChainInputs, index: int, float_hidden: list[Tensor]
@@ -222,21 +244,20 @@ class Walker:
         for batch in range(len(hidden)):
             output: Tensor = first_output(run(batch)).detach()
             hidden[batch] = output if self.keep_on is None else output.to(self.keep_on)
+            del output
+            return_freed_memory()
 
-    def _part(self, stretch: _Stretch, key: str) -> nn.Module | None:
-        """One part, from the store or layer by layer; its float copy, where there is one."""
+    def _part(self, stretch: _Stretch, key: str) -> None:
+        """One part, from the store or layer by layer."""
         started = time.monotonic()
-        run = stretch.running(stretch.module, False)
         scales = self.method.scaling is not None and stretch.whole
         changed = stretch.module if scales else None
-        twin = copy.deepcopy(stretch.module) if self._corrects and stretch.whole else None
-        stored = self.store.load(key, stretch.layers, changed)
+        resumed = self.store.has(key)
+        if resumed and stretch.leave is not None:
+            stretch.leave(stretch.module)  # while it is float
+        stored = self.store.load(key, stretch.layers, changed) if resumed else None
         if stored is None:
-            groups = input_groups(stretch.layers, run, len(self.batches))
-            notes = self._scaled(stretch, groups, run) if scales else {}
-            # the copy as it was feeds the next part, resumed or not; this part's own inputs are the scaled ones
-            beside = copy.deepcopy(stretch.module) if twin is not None and scales else twin
-            results = self._rounded(stretch, groups, run, beside, notes)
+            results = self._fresh(stretch, scales)
             self.store.save(key, stretch.layers, changed, results)
         else:
             results, self.touched = stored, True
@@ -244,9 +265,18 @@ class Walker:
                 self._rounder.note(result, stretch.layers[result.name])
         self.results += results
         seconds = time.monotonic() - started
-        self.told(Part(self._done, self._count, stretch.name, tuple(results), seconds, stored is not None))
+        self.told.part(Part(self._done, self._count, stretch.name, tuple(results), seconds, stored is not None))
         self._done += 1
-        return twin
+
+    def _fresh(self, stretch: _Stretch, scales: bool) -> list[LayerResult]:
+        run = stretch.running(stretch.module, False)
+        groups = input_groups(stretch.layers, run, len(self.batches))
+        # the block as it was feeds the next part, resumed or not; this part's own inputs are the scaled ones
+        earlier = copy.deepcopy(stretch.module) if scales and stretch.leave is not None else None
+        notes = self._scaled(stretch, groups, run) if scales else {}
+        if not (self._corrects and stretch.whole):
+            return self._rounded(stretch, groups, run, None, notes)
+        return self._rounded(stretch, groups, run, [Twin(stretch.module, earlier)], notes)
 
     def _scaled(self, stretch: _Stretch, groups: Sequence[Group], run: Run) -> dict[str, str]:
         """Scale the inputs of a part's layers; layer -> what was done."""
@@ -268,30 +298,44 @@ class Walker:
         return {name: note.in_short for note in done for name in note.layers}
 
     def _rounded(
-        self,
-        stretch: _Stretch,
-        groups: Sequence[Group],
-        run: Run,
-        twin: nn.Module | None,
-        notes: Mapping[str, str],
+        self, stretch: _Stretch, groups: Sequence[Group], run: Run, twins: list[Twin] | None, notes: Mapping[str, str]
     ) -> list[LayerResult]:
+        """The part's layers, group by group; ``twins`` is emptied as soon as no group needs the float form any more."""
         results = []
-        beside = None if twin is None else stretch.running(twin, True)
+        looking = [group for group in groups if looks_at_inputs(group.leader)]
         for group in groups:
-            looks, statistics = looks_at_inputs(group.leader), None
+            looks, statistics = group in looking, None
             if looks or _static(group):
-                pair = None
-                if twin is not None and beside is not None and looks:
-                    pair = (layer_named(twin, _quantizer(group.leader).layer.name), beside)
-                statistics = gather(group, run, len(self.batches), hessian=looks, twin=pair)
+                statistics = self._seen(stretch, group, run, twins if looks else None)
+            if twins and group is looking[-1]:
+                self._dismiss(stretch, twins)
+            elif twins:
+                twins[0].part_from(group.layers.values())
             self.touched = True
-            for name, layer in group.layers.items():
-                seen = statistics if looks_at_inputs(layer) else None
-                results.append(self._rounder.layer(name, layer, seen, notes.get(name, "")))
+            for index, (name, layer) in enumerate(group.layers.items()):
+                return_freed_memory()
+                seen, spent = statistics if looks_at_inputs(layer) else None, index + 1 == len(group.layers)
+                results.append(self._rounder.layer(name, layer, seen, notes.get(name, ""), spent=spent))
+                self.told.layer(results[-1], len(self.results) + len(results), self._total)
+            del seen, statistics
+            return_freed_memory()
         for name, layer in stretch.layers.items():
             if name not in names_of(groups):
                 results.append(self._rounder.layer(name, layer, None, "it saw no calibration data"))
+                self.told.layer(results[-1], len(self.results) + len(results), self._total)
         return results
+
+    def _seen(self, stretch: _Stretch, group: Group, run: Run, twins: list[Twin] | None) -> InputStatistics:
+        pair = None
+        if twins:
+            module = twins[0].module
+            pair = (layer_named(module, _quantizer(group.leader).layer.name), stretch.running(module, True))
+        return gather(group, run, len(self.batches), hessian=looks_at_inputs(group.leader), twin=pair)
+
+    def _dismiss(self, stretch: _Stretch, twins: list[Twin]) -> None:
+        if stretch.leave is not None:
+            stretch.leave(twins[0].earlier)
+        twins.clear()
 
 
 def _inside(blocks: Sequence[nn.Module], layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

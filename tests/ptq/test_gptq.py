@@ -10,7 +10,8 @@ from torch import Tensor
 from qat_plugin.errors import ConfigError, QatError
 from qat_plugin.numerics import choose_qparams, round_to_nearest
 from qat_plugin.ptq import GptqOptions, InputStatistics, gptq
-from qat_plugin.ptq.gptq import aim, inverse_factor
+from qat_plugin.ptq.factor import lower_factor
+from qat_plugin.ptq.gptq import aim
 from qat_plugin.ptq.output_error import output_error
 from qat_plugin.scheme import Scheme
 
@@ -136,7 +137,7 @@ def test_no_rows_at_all_mean_rounding_to_nearest() -> None:
 
 def test_fewer_samples_than_inputs_need_damping_and_get_it() -> None:
     x = problem(samples=5)[1]
-    factor = inverse_factor(x.t() @ x / len(x), damping=1e-12)  # singular to float32: more is added until it works
+    factor = lower_factor(x.t() @ x / len(x), damping=1e-12)  # singular to float32: more is added until it works
     assert bool(torch.isfinite(factor).all())
 
 
@@ -144,7 +145,7 @@ def test_a_moment_with_nan_says_so() -> None:
     moment = torch.eye(8)
     moment[2, 3] = float("nan")
     with pytest.raises(QatError, match="NaN or infinity"):
-        inverse_factor(moment, 0.01)
+        lower_factor(moment, 0.01)
 
 
 def test_the_aim_makes_up_for_what_predecessors_changed() -> None:
