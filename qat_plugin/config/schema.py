@@ -89,6 +89,9 @@ class PolicyConfig:
     keep: list[str] = field(
         default_factory=list, metadata=help_text("roles or patterns of layers that stay as they are")
     )
+    keep_symmetric: bool = option(
+        False, "take symmetric schemes of 3 and 2 bits as given; false takes the -asym ones, and says so"
+    )
     indivisible: str = option("divisor", "when a group size does not divide: divisor (largest below), keep or error")
     auto: AutoConfig = field(default_factory=AutoConfig, metadata=help_text("choosing schemes by measuring"))
 
