@@ -6,9 +6,8 @@ config becomes objects. No torch here: a mistake in a recipe is answered before 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from omegaconf import MISSING
@@ -19,11 +18,12 @@ from qat_plugin.observers.spelling import DEFAULT_FOR_CALIBRATION, DEFAULT_FOR_T
 
 TASKS: Final = ("fit", "ptq", "sensitivity", "merge", "plan", "evaluate", "doctor")
 STAGES: Final = (
-    "float", "ptq", "fine-tuned", "fine-tuned-ptq", "qat", "base", "qlora", "merged", "converted", "reloaded",
-    "latency",
+    "float", "ptq", "fine-tuned", "fine-tuned-ptq", "further", "further-ptq", "qat", "base", "qlora", "merged",
+    "converted", "reloaded", "latency",
 )  # fmt: skip
 PRECISIONS: Final = ("32-true", "bf16-mixed", "bf16-true")
 PTQ_METHODS: Final = ("rtn", "mse", "hqq", "gptq", "awq", "awq-gptq", "smoothquant")
+FINE_TUNED: Final = "fine-tuned"
 LADDER: Final = "ladder"  # rtn, mse, awq, gptq, then mixed schemes: the first that is good enough
 _OBSERVERS: Final = ", ".join(KINDS)
 _METHODS: Final = ", ".join(PTQ_METHODS)
@@ -44,6 +44,8 @@ class TaskConfig:
             raise ConfigError(f"task.stages names {', '.join(sorted(twice))} more than once")
         self.stages = [stage for stage in STAGES if stage in self.stages]
         _check_needs(self.stages, "fine-tuned-ptq", ["fine-tuned"])
+        _check_needs(self.stages, "further", ["fine-tuned"])
+        _check_needs(self.stages, "further-ptq", ["further"])
         _check_needs(self.stages, "merged", ["qlora"])
         _check_needs(self.stages, "converted", ["qat", "ptq", "merged"])
         _check_needs(self.stages, "reloaded", ["converted"])
@@ -107,6 +109,10 @@ class PolicyConfig:
 class QatConfig:
     """Quantization-aware training."""
 
+    begin: str = option(
+        "pretrained",
+        "weights QAT starts from: pretrained, or fine-tuned (those of that stage, whose steps come before QAT's own)",
+    )
     start: int | float = option(0, "when fake quantization starts: optimizer step (1000) or fraction of the run (0.1)")
     freeze: int | float | None = option(None, "when scales and observers freeze: step or fraction; null for never")
     learn_scales: bool = option(False, "learn the weight scales with the weights (LSQ)")
@@ -118,6 +124,7 @@ class QatConfig:
 
     def __post_init__(self) -> None:
         ObserverSpec.parse(self.observer, "qat.observer")
+        check_choice("qat.begin", self.begin, ("pretrained", FINE_TUNED))
         check_choice("qat.initial", self.initial, ("minmax", "mse"))
         check_above("qat.scale_learning_rate", self.scale_learning_rate, 0)
         if self.monitor is not True and self.monitor is not False:
@@ -358,6 +365,7 @@ class Config:
                 "ptq.method=ladder needs to know when to stop: max_drop=1% (of perplexity) or max_drop=0.02 (KL, nats)"
             )
         stages = self.task.stages
+        _check_begin(self.qat.begin, stages)
         if climbs and (self.policy.auto.enabled or "qat" in stages or (stages and "float" not in stages)):
             raise ConfigError(
                 "ptq.method=ladder is for task=ptq, with the float stage to compare with, and without policy=auto, "
@@ -365,28 +373,19 @@ class Config:
             )
 
 
-def keys_with_help(section: type = Config, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """(dotted key, default, help) of every key below a section."""
-    for entry in fields(section):
-        name = prefix + entry.name
-        default: Any = entry.default if entry.default_factory is NO_DEFAULT else entry.default_factory()
-        if is_dataclass(default):
-            yield from keys_with_help(type(default), name + ".")
-        else:
-            yield name, _spelled(default), entry.metadata["help"]
-
-
-def help_of(section: object, name: str) -> str:
-    """The line of help of one key of a section's dataclass; empty where there is none."""
-    entries = fields(section) if isinstance(section, type) and is_dataclass(section) else ()
-    return next((str(entry.metadata["help"]) for entry in entries if entry.name == name), "")
-
-
-def _spelled(value: Any) -> str:
-    """A default as it is written on the command line."""
-    if isinstance(value, list):
-        return "[" + ",".join(map(str, value)) + "]"
-    return {"None": "null", "True": "true", "False": "false", "???": "(needed)"}.get(str(value), str(value))
+def _check_begin(begin: str, stages: Sequence[str]) -> None:
+    """QAT can only start from weights that the same run has trained, and only then is there a further rung."""
+    if begin == FINE_TUNED and "qat" in stages and FINE_TUNED not in stages:
+        added = ",".join(stage for stage in STAGES if stage in stages or stage == FINE_TUNED)
+        raise ConfigError(
+            "qat.begin=fine-tuned starts QAT from the stage 'fine-tuned', which task.stages leaves out: give "
+            f"task.stages=[{added}], or qat.begin=pretrained"
+        )
+    if "further" in stages and begin != FINE_TUNED:
+        raise ConfigError(
+            "the stage 'further' trains the fine-tuned model for as many steps again, to compare QAT with that starts "
+            "there: it needs qat.begin=fine-tuned; with qat.begin=pretrained 'fine-tuned' has QAT's steps already"
+        )
 
 
 def _check_needs(stages: Iterable[str], stage: str, any_of: Sequence[str]) -> None:

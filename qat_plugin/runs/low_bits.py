@@ -34,8 +34,8 @@ def switched(job: Job) -> tuple[Job, str]:
         return job, ""
     swaps = ", ".join(f"{new} instead of {old} ({', '.join(keys)})" for (old, new), keys in given.items())
     told = (
-        f"policy: symmetric grids lose much more than asymmetric ones below 4 bits, so this run takes {swaps}; to keep what was "
-        f"given: {KEY}=true"
+        f"policy: symmetric grids lose much more than asymmetric ones below 4 bits, so this run takes {swaps}; to keep "
+        f"what was given: {KEY}=true"
     )
     return replace(job, config=config), told
 
