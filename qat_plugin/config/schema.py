@@ -117,7 +117,9 @@ class QatConfig:
     freeze: int | float | None = option(None, "when scales and observers freeze: step or fraction; null for never")
     learn_scales: bool = option(False, "learn the weight scales with the weights (LSQ)")
     learn_zero_points: bool = option(False, "learn zero points with the scales (LSQ+)")
-    initial: str = option("minmax", "where learned scales begin: minmax, or mse (least squared error)")
+    initial: str = option(
+        "minmax", "where learned scales begin: minmax, mse (least squared error), or gptq (with the keys of ptq)"
+    )
     scale_learning_rate: float | None = option(None, "of learned scales; null for the weights'")
     monitor: int | bool = option(False, "log what flips, oscillates and clips: true, or every so many steps")
     observer: str = option(DEFAULT_FOR_TRAINING, f"what static activation scales follow: {_OBSERVERS}")
@@ -125,7 +127,7 @@ class QatConfig:
     def __post_init__(self) -> None:
         ObserverSpec.parse(self.observer, "qat.observer")
         check_choice("qat.begin", self.begin, ("pretrained", FINE_TUNED))
-        check_choice("qat.initial", self.initial, ("minmax", "mse"))
+        check_choice("qat.initial", self.initial, ("minmax", "mse", "gptq"))
         check_above("qat.scale_learning_rate", self.scale_learning_rate, 0)
         if self.monitor is not True and self.monitor is not False:
             check_at_least("qat.monitor", self.monitor, 1)

@@ -137,7 +137,7 @@ def _rounded(
     q = torch.empty_like(left)
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
-        errors = torch.empty(len(left), stop - start, device=left.device)
+        errors = torch.empty(len(left), stop - start, dtype=left.dtype, device=left.device)
         part, local = left[:, start:stop], factor[start:stop, start:stop]
         for i in range(stop - start):
             d, z = grid.of(order[start + i])

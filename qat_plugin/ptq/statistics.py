@@ -36,11 +36,11 @@ class InputStatistics:
 
     def __post_init__(self) -> None:
         size = self.in_features if self.hessian else 0
-        self.second_moment = torch.zeros(size, size)
+        self.second_moment = torch.zeros(size, size, dtype=torch.float32)
         if self.drifts:
-            self.drift = torch.zeros(size, size)
+            self.drift = torch.zeros(size, size, dtype=torch.float32)
         self.sum_abs = torch.zeros(self.in_features, dtype=torch.float64)
-        self.absmax = torch.zeros(self.in_features)
+        self.absmax = torch.zeros(self.in_features, dtype=torch.float32)
 
     @torch.no_grad()
     def add(self, x: Tensor, float_x: Tensor | None = None) -> None:

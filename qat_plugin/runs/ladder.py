@@ -177,7 +177,7 @@ class Ladder(Rungs):
                 self.subject.training_batches(ptq.calibration_batches),
                 method=chosen,
                 observer=ptq.observer,
-                gptq=GptqOptions(ptq.damping, ptq.correct, ptq.act_order, sweeps=ptq.sweeps),
+                gptq=gptq_options(self.config),
                 resume=None if chosen == "rtn" else self.folder.path / "calibration" / stage,
             )
 
@@ -195,9 +195,17 @@ def quantization_aware_training(config: Config, plan: Plan, prefix: str) -> Quan
         observer=config.qat.observer,
         learn_zero_points=config.qat.learn_zero_points,
         initial=config.qat.initial,  # type: ignore[arg-type]
+        calibration_batches=config.ptq.calibration_batches,
+        gptq=gptq_options(config),
         scale_learning_rate=config.qat.scale_learning_rate,
         convert=False,
     )
+
+
+def gptq_options(config: Config) -> GptqOptions:
+    """GPTQ as a recipe wants it."""
+    ptq = config.ptq
+    return GptqOptions(ptq.damping, ptq.correct, ptq.act_order, sweeps=ptq.sweeps)
 
 
 def monitors_of(config: Config) -> list[QuantizationMonitor]:

@@ -85,6 +85,7 @@ def _planned_base(config: Config, network: nn.Module) -> Plan:
         "qat.scale_learning_rate": config.qat.scale_learning_rate is not None,
         "qat.learn_zero_points": config.qat.learn_zero_points,
         "qat.monitor": config.qat.monitor is not False,
+        "qat.initial=gptq": config.qat.initial == "gptq",
         "qat.begin=fine-tuned": config.qat.begin == FINE_TUNED,
         "distill.teacher=fine-tuned": config.distill.teacher == "fine-tuned",
     }
