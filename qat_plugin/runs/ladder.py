@@ -104,11 +104,19 @@ class Ladder(Rungs):
         state = _renamed(quantizer_state(module), name_prefix(module))
         with replacing(self._checkpoints("qat") / _QUANTIZERS) as temporary:
             torch.save(state, temporary)
-        steps, note = self._steps(1), ""
+        steps = self._steps(2 if self._begins_fine_tuned else 1)
+        self._measure(reporting.QAT, self._prepared(), self._how_qat_began(steps), steps=steps)
+
+    def _how_qat_began(self, steps: tuple[int, ...]) -> str:
+        """A footnote on what is not as usual; empty where all is."""
+        parts = []
         if self._begins_fine_tuned:
-            steps = self._steps(2)
-            note = f"{steps[0]} + {steps[1]} steps: it began from the fine-tuned weights, and the last are its own"
-        self._measure(reporting.QAT, self._prepared(), note, steps=steps)
+            parts.append(
+                f"{steps[0]} + {steps[1]} steps: it began from the fine-tuned weights, and the last are its own"
+            )
+        if self.config.qat.initial == "gptq":
+            parts.append("its weights and scales began as GPTQ's")
+        return "; ".join(parts)
 
     def _student(self) -> L.LightningModule:
         """The module that is trained; its teacher, if any, is the float model or the ladder's fine-tuned one."""
