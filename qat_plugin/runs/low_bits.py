@@ -56,7 +56,7 @@ def _switch(config: Config) -> dict[tuple[str, str], list[str]]:
     policy.rules = {pattern: taken(f"policy.rules.{pattern}", scheme) for pattern, scheme in policy.rules.items()}
     if policy.auto.enabled or config.ptq.method == LADDER:
         policy.auto.candidates = _once([str(taken("policy.auto.candidates", s)) for s in policy.auto.candidates])
-    if "merged" in config.task.stages:
+    if config.lora.enabled:
         config.merge.scheme = taken("merge.scheme", config.merge.scheme)
     return found
 

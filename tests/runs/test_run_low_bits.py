@@ -95,6 +95,15 @@ def test_a_ranking_shows_the_schemes_that_were_given(qat: Qat, mine: tuple[str, 
     assert {"w3a16-g16", "w3a16-g16-asym"} <= set(done.out.replace("|", " ").split())
 
 
+def test_what_merged_weights_are_converted_to_is_switched_and_what_they_are_compared_with_is_not(
+    qat: Qat, alone: None
+) -> None:
+    keys = ("merge.scheme=w3a16-g32", "merge.compare=[w2a16-g32]")
+    done = qat("recipe=qlora_tiny", "task=plan", *keys)
+    assert done.code == 0, done.err
+    assert told(done.out) == [f"{TOLD}w3a16-g32-asym instead of w3a16-g32 (merge.scheme){KEEP}"]
+
+
 def test_a_misspelt_scheme_is_still_the_users_mistake(qat: Qat, mine: tuple[str, ...]) -> None:
     done = qat(*mine, "run.dir=here", "policy.default=w3a16-g16", "policy.rules.last=w3b16")
     assert done.code == 2
