@@ -84,7 +84,8 @@ def _error(
 
 
 def _candidates(groups: Tensor, widest: Tensor, scheme: Scheme) -> Iterator[tuple[Tensor, Tensor | None]]:
-    shares = torch.linspace(_WIDEST, 1 / 8 if scheme.weight_bits == 2 else 1 / 5, _SHRUNK).tolist()
+    narrowest = 1 / 8 if scheme.weight_bits == 2 else 1 / 5
+    shares = torch.linspace(_WIDEST, narrowest, _SHRUNK, dtype=torch.float32).tolist()
     if scheme.symmetric:
         signs = (1.0,) if scheme.weight_bits == 8 else (1.0, -1.0)
         yield from ((round_scale(widest * (share * sign)), None) for share in shares for sign in signs)

@@ -6,24 +6,28 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Final
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
 from torch.utils.data import DataLoader
 
-from qat_plugin.callbacks.random_state import capture, restore
+from qat_plugin.callbacks.random_state import capture, restore, seed_all
 from qat_plugin.callbacks.resume import _Position
 from qat_plugin.errors import ConfigError, DataError
+
+_INSTEAD: Final = "say what to calibrate on, PostTrainingQuantization(..., dataloader=...)"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A loader and what it is called in messages."""
+    """A loader, what it is called in messages, and what to do where it does not serve."""
 
     loader: Any
     name: str
+    instead: str = _INSTEAD
 
 
 class TransferredBatches:
@@ -49,13 +53,34 @@ class TransferredBatches:
             yield self._trainer.strategy.batch_to_device(ready, dataloader_idx=0)
 
 
-def training_source(trainer: L.Trainer) -> Source:
-    """The loader that a fit trained on.
+def network_of(pl_module: L.LightningModule) -> nn.Module:
+    """What takes a batch's inputs: the module, or the one model in a module that has no ``forward`` of its own.
+
+    Raises:
+        ConfigError: when it has no ``forward`` and not exactly one child with parameters.
+    """
+    if type(pl_module).forward is not L.LightningModule.forward:
+        return pl_module
+    models = [child for child in pl_module.children() if any(True for _ in child.parameters())]
+    if len(models) != 1:
+        raise ConfigError(
+            f"{type(pl_module).__name__} has no forward() to calibrate through, and {len(models)} models in it: define "
+            "forward() to take a batch's inputs"
+        )
+    return models[0]
+
+
+def training_source(trainer: L.Trainer, *, instead: str = _INSTEAD) -> Source:
+    """The loader that a fit trains on.
+
+    Args:
+        trainer: in or after its fit.
+        instead: what to do where that does not work, for the error.
 
     Raises:
         ConfigError: when there are several.
     """
-    return Source(_single(trainer.train_dataloader, "training"), "the train dataloader")
+    return Source(_single(trainer.train_dataloader, "training", instead), "the train dataloader", instead)
 
 
 def evaluation_source(trainer: L.Trainer, pl_module: L.LightningModule) -> Source:
@@ -77,8 +102,14 @@ def evaluation_source(trainer: L.Trainer, pl_module: L.LightningModule) -> Sourc
     return Source(loader, f"the {stage} dataloader itself, there being no train dataloader")
 
 
-def first_batches(source: Source, count: int) -> list[Any]:
+def first_batches(source: Source, count: int, *, seed: int | None = None) -> list[Any]:
     """The first batches of a loader; every random generator is afterwards as it was, and its iterators go on.
+
+    Args:
+        source: what to read.
+        count: how many batches, at most.
+        seed: for all generators meanwhile, so that the batches are the same at any moment of a run; ``None`` for the
+            state that they are in.
 
     Raises:
         DataError: when there is none, or the loader can be read only once.
@@ -87,20 +118,24 @@ def first_batches(source: Source, count: int) -> list[Any]:
     if isinstance(loader, Iterator):
         raise DataError(
             f"{source.name} is an iterator, and calibrating on it would take batches from the run: pass an iterable "
-            "that can be read again, or dataloader=..."
+            f"that can be read again, or {source.instead}"
         )
     if isinstance(loader, DataLoader):
         loader = _second_reader(loader)
     generators = _generators(loader)
     kept, own = capture(), [generator.get_state() for generator in generators]
     try:
+        if seed is not None:
+            seed_all(seed)
+            for generator in generators:
+                generator.manual_seed(seed)
         batches = list(islice(iter(loader), count))
     finally:
         restore(kept)
         for generator, state in zip(generators, own, strict=True):
             generator.set_state(state)
     if not batches:
-        raise DataError(f"there is no calibration data: {source.name} has no batch; pass dataloader=...")
+        raise DataError(f"there is no calibration data: {source.name} has no batch; {source.instead}")
     return batches
 
 
@@ -128,13 +163,13 @@ def _train_dataloader(owner: Any) -> Any:
             raise unready from None
 
 
-def _single(loaders: Any, kind: str) -> Any:
+def _single(loaders: Any, kind: str, instead: str = _INSTEAD) -> Any:
     parts = list(loaders.values()) if isinstance(loaders, dict) else loaders
     if isinstance(parts, (list, tuple)):
         if len(parts) != 1:
             raise ConfigError(
-                f"there are {len(parts)} {kind} dataloaders, whose batches the module's forward does not take: say "
-                "what to calibrate on, PostTrainingQuantization(..., dataloader=...)"
+                f"there are {len(parts)} {kind} dataloaders, whose batches the module's forward does not take: "
+                f"{instead}"
             )
         return parts[0]
     return loaders

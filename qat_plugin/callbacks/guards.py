@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import nn
 
@@ -79,3 +79,25 @@ def check_averaging(trainer: L.Trainer, model: nn.Module, schedule: Schedule) ->
                 "into it on the way: weights from before and after the fold cannot be averaged. Train from a network "
                 "whose BatchNorms have seen data with start=0, or leave weight averaging out"
             )
+
+
+def saves_nothing(trainer: L.Trainer) -> bool:
+    """Whether this is a fast_dev_run, which disables checkpoints."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def best_checkpoint_callback(trainer: L.Trainer) -> ModelCheckpoint:
+    """The callback whose best checkpoint holds weights and scales.
+
+    Raises:
+        ConfigError: when there is none.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+            if callback.save_weights_only:
+                raise ConfigError(
+                    "weights='best' needs the scales that were in force, and ModelCheckpoint(save_weights_only=True) "
+                    "does not save them: pass save_weights_only=False"
+                )
+            return callback
+    raise ConfigError("weights='best' needs a ModelCheckpoint(monitor=...) among the Trainer's callbacks")

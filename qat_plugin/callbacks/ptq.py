@@ -18,6 +18,7 @@ from qat_plugin.callbacks.calibration_data import (
     TransferredBatches,
     evaluation_source,
     first_batches,
+    network_of,
     training_source,
 )
 from qat_plugin.callbacks.guards import check_launcher, check_strategy
@@ -228,23 +229,6 @@ class PostTrainingQuantization(Callback):
         if isinstance(self._policy, Plan):
             return self._policy
         return self._policy.plan(pl_module, device=trainer.strategy.root_device, dtype=self._dtype)
-
-
-def network_of(pl_module: L.LightningModule) -> nn.Module:
-    """What takes a batch's inputs: the module, or the one model in a module that has no ``forward`` of its own.
-
-    Raises:
-        ConfigError: when it has no ``forward`` and not exactly one child with parameters.
-    """
-    if type(pl_module).forward is not L.LightningModule.forward:
-        return pl_module
-    models = [child for child in pl_module.children() if any(True for _ in child.parameters())]
-    if len(models) != 1:
-        raise ConfigError(
-            f"{type(pl_module).__name__} has no forward() to calibrate through, and {len(models)} models in it: define "
-            "forward() to take a batch's inputs"
-        )
-    return models[0]
 
 
 def _check_options(options: dict[str, Any]) -> None:

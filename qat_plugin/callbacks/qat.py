@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,26 +9,31 @@ from typing import Any, Final, Literal, get_args
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from qat_plugin.callbacks.guards import check_averaging, check_other_callbacks, check_strategy
+from qat_plugin.callbacks.beginning import Beginning, Beginnings
+from qat_plugin.callbacks.guards import (
+    best_checkpoint_callback,
+    check_averaging,
+    check_other_callbacks,
+    check_strategy,
+    saves_nothing,
+)
 from qat_plugin.callbacks.resuming import ResumingCallback, after_configure_model
 from qat_plugin.callbacks.scale_groups import check_rate, split_scales
-from qat_plugin.callbacks.schedule import Schedule, Steps
+from qat_plugin.callbacks.schedule import Schedule, Steps, total_steps
 from qat_plugin.callbacks.weight_reuse import TrainerReuse
 from qat_plugin.conversion import convert, dequantized_state_dict, is_converted, proof_of, reload_float
 from qat_plugin.errors import CheckpointError, ConfigError
 from qat_plugin.observers.spelling import DEFAULT_FOR_TRAINING, ObserverSpec
 from qat_plugin.policy import Plan, Policy, PolicyLike
+from qat_plugin.ptq import GptqOptions
 from qat_plugin.qat import (
-    Initial,
     Phase,
     begin_scales,
     capture_inputs,
-    check_initial,
     folds,
     get_phase,
     grid_parameters,
@@ -67,7 +71,11 @@ class QuantizationAwareTraining(ResumingCallback):
         weights: convert the ``"last"`` weights, or those of the ``"best"`` checkpoint of a ``ModelCheckpoint``.
         learn_scales: learn the scales (LSQ); they get optimizer groups of their own, without weight decay.
         learn_zero_points: learn the zero points with them (LSQ+); see :func:`~qat_plugin.prepare`.
-        initial: where learned scales begin: ``"minmax"`` or ``"mse"`` (least squared error).
+        initial: where learned scales begin: ``"minmax"``, ``"mse"`` (least squared error), or ``"gptq"``, which
+            calibrates on training batches right before the first fake-quantized step (in one process), and leaves data
+            order and generators alone; weights become the numbers of its integers. A resumed run does not repeat it.
+        calibration_batches: training batches for ``initial="gptq"``, at most.
+        gptq: its options.
         scale_learning_rate: of learned scales, where the weights have the rate that their optimizer was given; a
             schedule changes both by the same factor. Scales are learned relative to where they begin, so that the
             weights' own rate, the default, suits Adam; SGD wants a larger one.
@@ -98,7 +106,9 @@ class QuantizationAwareTraining(ResumingCallback):
         weights: Weights = "last",
         learn_scales: bool = False,
         learn_zero_points: bool = False,
-        initial: Initial = "minmax",
+        initial: Beginning = "minmax",
+        calibration_batches: int = 32,
+        gptq: GptqOptions | None = None,
         scale_learning_rate: float | None = None,
         dtype: Literal["fp32", "bf16", "fp16"] | None = None,
         observer: str = DEFAULT_FOR_TRAINING,
@@ -112,13 +122,13 @@ class QuantizationAwareTraining(ResumingCallback):
         self._policy = policy if isinstance(policy, Plan) else Policy.coerce(policy)
         self._schedule = Schedule(start, freeze)
         self._convert, self._weights, self._learn_scales = convert, weights, learn_scales
-        check_initial(initial)
+        self._begin = Beginnings(initial, calibration_batches, gptq)
         check_rate(scale_learning_rate)
         if not learn_scales and (initial != "minmax" or learn_zero_points or scale_learning_rate is not None):
             raise ConfigError(
                 "initial, learn_zero_points and scale_learning_rate are of learned scales: they need learn_scales=True"
             )
-        self._initial, self._scale_learning_rate = initial, scale_learning_rate
+        self._scale_learning_rate = scale_learning_rate
         self._learning: dict[str, Any] = {"learn_scales": learn_scales, "learn_zero_points": learn_zero_points}
         self._dtype = None if dtype is None else _DTYPES[dtype]
         self._observer = ObserverSpec.parse(observer)
@@ -162,7 +172,7 @@ class QuantizationAwareTraining(ResumingCallback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._steps = self._schedule.resolve(_total_steps(trainer), observe=_observes(pl_module))
+        self._steps = self._schedule.resolve(total_steps(trainer), observe=_observes(pl_module))
         self._follow_schedule(trainer, pl_module)
         super().on_train_start(trainer, pl_module)
 
@@ -222,10 +232,11 @@ class QuantizationAwareTraining(ResumingCallback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._convert or not is_prepared(pl_module):
             return
-        if self._weights == "best" and not _saves_nothing(trainer):
+        if self._weights == "best" and not saves_nothing(trainer):
             self._load_best(trainer, pl_module)
         if get_phase(pl_module) in (Phase.FLOAT, Phase.OBSERVING):
-            rank_zero_warn("fake quantization never ran on these weights: this is post-training quantization")
+            late = "; GPTQ's turn never came" if self._begin.calibrates else ""
+            rank_zero_warn(f"fake quantization never ran on these weights: this is post-training quantization{late}")
             set_phase(pl_module, Phase.FAKE_QUANTIZED)  # folds BatchNorms, whose weights learned scales begin from
             begin_scales(pl_module)
         convert(pl_module, inputs=self._inputs, dtype=self._dtype)
@@ -252,7 +263,9 @@ class QuantizationAwareTraining(ResumingCallback):
             return
         if not is_prepared(self._module):  # a checkpoint evaluated in a new process sees what it was trained with
             plan, observer = Plan.from_list(state_dict["quantizers"]["plan"]), observer_in(state_dict["quantizers"])
-            prepare(self._module, plan, phase=Phase.FLOAT, initial=self._initial, observer=observer, **self._learning)
+            prepare(
+                self._module, plan, phase=Phase.FLOAT, initial=self._begin.initial, observer=observer, **self._learning
+            )
         load_quantizer_state(self._module, state_dict["quantizers"])
 
     @override
@@ -283,9 +296,10 @@ class QuantizationAwareTraining(ResumingCallback):
                 "convert=False to the earlier fit"
             )
         check_strategy(trainer)
+        self._begin.check(trainer)
         check_other_callbacks(trainer, self)
-        if self._weights == "best" and not _saves_nothing(trainer):
-            _best_checkpoint_callback(trainer)
+        if self._weights == "best" and not saves_nothing(trainer):
+            best_checkpoint_callback(trainer)
 
     def _check_prepared(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Raise when a module that was prepared before is to be trained otherwise than it was prepared."""
@@ -309,6 +323,7 @@ class QuantizationAwareTraining(ResumingCallback):
             raise ConfigError(
                 f"the module is prepared already with learn_scales={learned}, not {self._learn_scales}. {way}"
             )
+        self._begin.warn_if_late(pl_module)
 
     def _check_same_policy(self, trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
         saved = [key for key in checkpoint.get("callbacks", {}) if key.startswith(type(self).__qualname__ + "{")]
@@ -326,8 +341,9 @@ class QuantizationAwareTraining(ResumingCallback):
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         plan = self._plan(trainer, pl_module)
         phase = Phase.FAKE_QUANTIZED if self._schedule.start == 0 else Phase.FLOAT
-        prepare(pl_module, plan, phase=phase, initial=self._initial, observer=self._observer, **self._learning)
+        prepare(pl_module, plan, phase=phase, initial=self._begin.initial, observer=self._observer, **self._learning)
         check_averaging(trainer, pl_module, self._schedule)
+        self._begin.wait(pl_module)
         rank_zero_info(f"QuantizationAwareTraining: {plan.summary()}{_folded(pl_module)}")
         if advice := low_bit_advice(plan):
             rank_zero_warn(f"QuantizationAwareTraining: {advice}")
@@ -339,7 +355,7 @@ class QuantizationAwareTraining(ResumingCallback):
         if phase is before:
             return
         if before in (Phase.FLOAT, Phase.OBSERVING):
-            begin_scales(pl_module)
+            self._begin(trainer, pl_module)
         set_phase(pl_module, phase)
         moved = f"{before.value} -> {phase.value}{_folded(pl_module)}"
         rank_zero_info(f"QuantizationAwareTraining: step {trainer.global_step}: {moved}")
@@ -350,7 +366,7 @@ class QuantizationAwareTraining(ResumingCallback):
             self._capture = None
 
     def _load_best(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        path = _best_checkpoint_callback(trainer).best_model_path
+        path = best_checkpoint_callback(trainer).best_model_path
         if not path:
             raise CheckpointError("weights='best': ModelCheckpoint saved nothing; did validation run?")
         checkpoint: Mapping[str, Any] = torch.load(Path(path), map_location="cpu", weights_only=True)
@@ -367,34 +383,5 @@ def _folded(pl_module: L.LightningModule) -> str:
     return f"; {count} BatchNorms folded, their statistics frozen" if count else ""
 
 
-def _saves_nothing(trainer: L.Trainer) -> bool:
-    """Whether this is a fast_dev_run, which disables checkpoints."""
-    return bool(getattr(trainer, "fast_dev_run", False))
-
-
-def _total_steps(trainer: L.Trainer) -> float:
-    """Optimizer steps of the whole run, in the unit of ``trainer.global_step`` (summed over optimizers)."""
-    if trainer.max_steps >= 0 and trainer.max_epochs in (None, -1):
-        return trainer.max_steps
-    total = trainer.estimated_stepping_batches
-    if total < 0:  # epochs of a stream: Lightning answers with max_steps, -1
-        return math.inf
-    if trainer.max_steps >= 0:
-        return min(total, trainer.max_steps)
-    return total * max(1, len(trainer.optimizers)) if not trainer.lightning_module.automatic_optimization else total
-
-
 def _observes(pl_module: L.LightningModule) -> bool:
     return any(layer.scheme is not None and layer.scheme.static for layer in plan_of(pl_module))
-
-
-def _best_checkpoint_callback(trainer: L.Trainer) -> ModelCheckpoint:
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
-            if callback.save_weights_only:
-                raise ConfigError(
-                    "weights='best' needs the scales that were in force, and ModelCheckpoint(save_weights_only=True) "
-                    "does not save them: pass save_weights_only=False"
-                )
-            return callback
-    raise ConfigError("weights='best' needs a ModelCheckpoint(monitor=...) among the Trainer's callbacks")

@@ -24,6 +24,13 @@ def set_states(states: States) -> None:
     np.random.set_state(states[2])
 
 
+def seed_all(seed: int) -> None:
+    """Seed torch, NumPy's legacy generator and Python's, and no more: Lightning's global seed stays what it was."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 def capture() -> dict[str, Any]:
     """States of torch (CPU, and every CUDA device there is), NumPy's legacy generator and Python's."""
     version, words, gauss = random.getstate()

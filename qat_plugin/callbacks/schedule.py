@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import lightning as L
+
 from qat_plugin.errors import ConfigError
 from qat_plugin.qat import Phase
 
@@ -75,6 +77,18 @@ class Schedule:
                 f"freeze={self.freeze} is step {freeze}, before start={self.start}, which is step {start}"
             )
         return Steps(start, freeze, observe)
+
+
+def total_steps(trainer: L.Trainer) -> float:
+    """Optimizer steps of the whole run, in the unit of ``trainer.global_step`` (summed over optimizers)."""
+    if trainer.max_steps >= 0 and trainer.max_epochs in (None, -1):
+        return trainer.max_steps
+    total = trainer.estimated_stepping_batches
+    if total < 0:  # epochs of a stream: Lightning answers with max_steps, -1
+        return math.inf
+    if trainer.max_steps >= 0:
+        return min(total, trainer.max_steps)
+    return total * max(1, len(trainer.optimizers)) if not trainer.lightning_module.automatic_optimization else total
 
 
 def _check(name: str, moment: object) -> None:

@@ -17,7 +17,7 @@ from omegaconf.errors import (
 )
 
 from qat_plugin.config.catalogue import groups
-from qat_plugin.config.schema import help_of, keys_with_help
+from qat_plugin.config.keys import help_of, keys_with_help
 from qat_plugin.errors import ConfigError, did_you_mean
 
 Composition = (HydraException, OmegaConfBaseException)

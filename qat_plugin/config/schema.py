@@ -6,25 +6,26 @@ config becomes objects. No torch here: a mistake in a recipe is answered before 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from omegaconf import MISSING
 
+from qat_plugin.config.adapter_sections import LoraSection, MergeConfig
 from qat_plugin.config.export_section import EXPORT_FORMATS, ExportConfig
-from qat_plugin.config.fields import absolute, check_above, check_at_least, check_choice, help_text, option
+from qat_plugin.config.fields import check_above, check_at_least, check_choice, help_text, option
 from qat_plugin.errors import ConfigError
 from qat_plugin.observers.spelling import DEFAULT_FOR_CALIBRATION, DEFAULT_FOR_TRAINING, KINDS, ObserverSpec
 
 TASKS: Final = ("fit", "ptq", "sensitivity", "merge", "export", "plan", "evaluate", "doctor")
 STAGES: Final = (
-    "float", "ptq", "fine-tuned", "fine-tuned-ptq", "qat", "base", "qlora", "merged", "converted", "reloaded",
-    "exported", "latency",
+    "float", "ptq", "fine-tuned", "fine-tuned-ptq", "further", "further-ptq", "qat", "base", "qlora", "merged",
+    "converted", "reloaded", "exported", "latency",
 )  # fmt: skip
 PRECISIONS: Final = ("32-true", "bf16-mixed", "bf16-true")
 PTQ_METHODS: Final = ("rtn", "mse", "hqq", "gptq", "awq", "awq-gptq", "smoothquant")
+FINE_TUNED: Final = "fine-tuned"
 LADDER: Final = "ladder"  # rtn, mse, awq, gptq, then mixed schemes: the first that is good enough
 _OBSERVERS: Final = ", ".join(KINDS)
 _METHODS: Final = ", ".join(PTQ_METHODS)
@@ -45,6 +46,8 @@ class TaskConfig:
             raise ConfigError(f"task.stages names {', '.join(sorted(twice))} more than once")
         self.stages = [stage for stage in STAGES if stage in self.stages]
         _check_needs(self.stages, "fine-tuned-ptq", ["fine-tuned"])
+        _check_needs(self.stages, "further", ["fine-tuned"])
+        _check_needs(self.stages, "further-ptq", ["further"])
         _check_needs(self.stages, "merged", ["qlora"])
         _check_needs(self.stages, "converted", ["qat", "ptq", "merged"])
         _check_needs(self.stages, "reloaded", ["converted"])
@@ -91,6 +94,9 @@ class PolicyConfig:
     keep: list[str] = field(
         default_factory=list, metadata=help_text("roles or patterns of layers that stay as they are")
     )
+    keep_symmetric: bool = option(
+        False, "take symmetric schemes of 3 and 2 bits as given; false takes the -asym ones, and says so"
+    )
     indivisible: str = option("divisor", "when a group size does not divide: divisor (largest below), keep or error")
     auto: AutoConfig = field(default_factory=AutoConfig, metadata=help_text("choosing schemes by measuring"))
 
@@ -106,18 +112,25 @@ class PolicyConfig:
 class QatConfig:
     """Quantization-aware training."""
 
+    begin: str = option(
+        "pretrained",
+        "weights QAT starts from: pretrained, or fine-tuned (those of that stage, whose steps come before QAT's own)",
+    )
     start: int | float = option(0, "when fake quantization starts: optimizer step (1000) or fraction of the run (0.1)")
     freeze: int | float | None = option(None, "when scales and observers freeze: step or fraction; null for never")
     learn_scales: bool = option(False, "learn the weight scales with the weights (LSQ)")
     learn_zero_points: bool = option(False, "learn zero points with the scales (LSQ+)")
-    initial: str = option("minmax", "where learned scales begin: minmax, or mse (least squared error)")
+    initial: str = option(
+        "minmax", "where learned scales begin: minmax, mse (least squared error), or gptq (with the keys of ptq)"
+    )
     scale_learning_rate: float | None = option(None, "of learned scales; null for the weights'")
     monitor: int | bool = option(False, "log what flips, oscillates and clips: true, or every so many steps")
     observer: str = option(DEFAULT_FOR_TRAINING, f"what static activation scales follow: {_OBSERVERS}")
 
     def __post_init__(self) -> None:
         ObserverSpec.parse(self.observer, "qat.observer")
-        check_choice("qat.initial", self.initial, ("minmax", "mse"))
+        check_choice("qat.begin", self.begin, ("pretrained", FINE_TUNED))
+        check_choice("qat.initial", self.initial, ("minmax", "mse", "gptq"))
         check_above("qat.scale_learning_rate", self.scale_learning_rate, 0)
         if self.monitor is not True and self.monitor is not False:
             check_at_least("qat.monitor", self.monitor, 1)
@@ -170,68 +183,6 @@ class DistillConfig:
         check_at_least("distill.hidden", self.hidden, 0)
         if self.hidden and not self.weight:
             raise ConfigError("distill.hidden comes beside the predictions: give distill.weight above 0")
-
-
-@dataclass
-class LoraSection:
-    """Adapters on a frozen base; the base's schemes are the policy's."""
-
-    enabled: bool = option(False, "train adapters; set by lora=OPTION")
-    rank: int = option(16, "rank of the update")
-    alpha: float = option(32.0, "the update is scaled by alpha / rank")
-    dropout: float = option(0.0, "on the input of the adapters, in training")
-    targets: Any = field(
-        default="all-linear",
-        metadata=help_text("layers with an adapter: all-linear, or a list of names, globs and roles"),
-    )
-    rslora: bool = option(False, "scale by alpha / sqrt(rank)")
-    dora: bool = option(False, "learn magnitude and direction apart (DoRA)")
-    init: Any = field(
-        default=True, metadata=help_text("how adapters begin: true (zero update), gaussian, orthogonal, pissa ...")
-    )
-    backend: str = option("bitsandbytes", "who holds NF4 weights: bitsandbytes or torchao")
-    dtype: str = option("fp32", "of the adapters: fp32, bf16 or fp16")
-    neftune_alpha: float | None = option(None, "noise on the embedding's output in training, 5 is usual; null for none")
-    gradient_checkpointing: bool = option(True, "recompute blocks in the backward pass")
-    offload_activations: bool = option(False, "keep what is saved for the backward pass in host memory (CUDA)")
-
-    def __post_init__(self) -> None:
-        check_at_least("lora.rank", self.rank, 1)
-        check_above("lora.alpha", self.alpha, 0)
-        check_at_least("lora.dropout", self.dropout, 0)
-        check_choice("lora.backend", self.backend, ("bitsandbytes", "torchao"))
-        check_choice("lora.dtype", self.dtype, ("fp32", "bf16", "fp16"))
-
-
-@dataclass
-class MergeConfig:
-    """Folding adapters into weights."""
-
-    into: str = option(
-        "nf4", "nf4: into the dequantized weights that adapters were trained on; original: the float ones"
-    )
-    scheme: str | None = option(None, "then convert to this scheme; null for no conversion")
-    compare: list[str] = field(
-        default_factory=lambda: ["w8a16", "w4a16-g32"],
-        metadata=help_text("schemes whose cost is measured beside, each on the merged weights"),
-    )
-    adapter: str | None = option(None, "task=merge: folder of the adapter; null for that of run=DIR")
-    out: str | None = option(
-        None,
-        "task=merge: folder to write, which must be new; null for merged-nf4/ or merged-original/ in the run's folder. "
-        "With merge.scheme the converted model goes beside it, into OUT-SCHEME/",
-    )
-    evaluate: bool | None = option(
-        None, "task=merge: measure the adapter on its base and each form of the merge; null where memory is enough"
-    )
-    accept_loss: bool = option(
-        False, "task=merge: measure NF4 as merge.scheme all the same, where it erases small updates"
-    )
-
-    def __post_init__(self) -> None:
-        check_choice("merge.into", self.into, ("original", "nf4"))
-        self.adapter = None if self.adapter is None else absolute(self.adapter)
-        self.out = None if self.out is None else absolute(self.out)
 
 
 @dataclass
@@ -363,6 +314,7 @@ class Config:
             self.task.stages = TaskConfig(self.task.name, [*stages, "exported"]).stages
         if self.export.format is None and "exported" in stages:
             raise ConfigError(f"task.stages has 'exported', which needs a format: export={'|'.join(EXPORT_FORMATS)}")
+        _check_begin(self.qat.begin, stages)
         if climbs and (self.policy.auto.enabled or "qat" in stages or (stages and "float" not in stages)):
             raise ConfigError(
                 "ptq.method=ladder is for task=ptq, with the float stage to compare with, and without policy=auto, "
@@ -370,28 +322,19 @@ class Config:
             )
 
 
-def keys_with_help(section: type = Config, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """(dotted key, default, help) of every key below a section."""
-    for entry in fields(section):
-        name = prefix + entry.name
-        default: Any = entry.default if entry.default_factory is NO_DEFAULT else entry.default_factory()
-        if is_dataclass(default):
-            yield from keys_with_help(type(default), name + ".")
-        else:
-            yield name, _spelled(default), entry.metadata["help"]
-
-
-def help_of(section: object, name: str) -> str:
-    """The line of help of one key of a section's dataclass; empty where there is none."""
-    entries = fields(section) if isinstance(section, type) and is_dataclass(section) else ()
-    return next((str(entry.metadata["help"]) for entry in entries if entry.name == name), "")
-
-
-def _spelled(value: Any) -> str:
-    """A default as it is written on the command line."""
-    if isinstance(value, list):
-        return "[" + ",".join(map(str, value)) + "]"
-    return {"None": "null", "True": "true", "False": "false", "???": "(needed)"}.get(str(value), str(value))
+def _check_begin(begin: str, stages: Sequence[str]) -> None:
+    """QAT can only start from weights that the same run has trained, and only then is there a further rung."""
+    if begin == FINE_TUNED and "qat" in stages and FINE_TUNED not in stages:
+        added = ",".join(stage for stage in STAGES if stage in stages or stage == FINE_TUNED)
+        raise ConfigError(
+            "qat.begin=fine-tuned starts QAT from the stage 'fine-tuned', which task.stages leaves out: give "
+            f"task.stages=[{added}], or qat.begin=pretrained"
+        )
+    if "further" in stages and begin != FINE_TUNED:
+        raise ConfigError(
+            "the stage 'further' trains the fine-tuned model for as many steps again, to compare QAT with that starts "
+            "there: it needs qat.begin=fine-tuned; with qat.begin=pretrained 'fine-tuned' has QAT's steps already"
+        )
 
 
 def _check_needs(stages: Iterable[str], stage: str, any_of: Sequence[str]) -> None:

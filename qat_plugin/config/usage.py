@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from qat_plugin.config.catalogue import groups, recipes
+from qat_plugin.config.keys import keys_with_help
 from qat_plugin.config.options import (
     AdamW,
     Digits,
@@ -17,7 +18,7 @@ from qat_plugin.config.options import (
     TextFiles,
     TransformersModel,
 )
-from qat_plugin.config.schema import Config, keys_with_help
+from qat_plugin.config.schema import Config
 
 _OPTIONS = {
     "model=embedded": ("model.", EmbeddedModel),

@@ -40,11 +40,11 @@ class InputStatistics:
 
     def __post_init__(self) -> None:
         size = self.in_features if self.hessian else 0
-        self.second_moment = torch.zeros(size, size)
+        self.second_moment = torch.zeros(size, size, dtype=torch.float32)
         if self.drifts:
             self.drift = self._no_drift()
         self.sum_abs = torch.zeros(self.in_features, dtype=torch.float64)
-        self.absmax = torch.zeros(self.in_features)
+        self.absmax = torch.zeros(self.in_features, dtype=torch.float32)
 
     @torch.no_grad()
     def add(self, x: Tensor, float_x: Tensor | None = None) -> None:
@@ -74,7 +74,8 @@ class InputStatistics:
 
     def _no_drift(self) -> Tensor:
         size = self.in_features if self.hessian else 0
-        return torch.zeros(size if self.through is None else len(self.through), size, device=self.second_moment.device)
+        rows = size if self.through is None else len(self.through)
+        return torch.zeros(rows, size, dtype=torch.float32, device=self.second_moment.device)
 
     def to(self, device: torch.device) -> InputStatistics:
         """Move the sums to a device, in place."""

@@ -40,4 +40,5 @@ def check_initial(method: str) -> None:
         ConfigError: listing them.
     """
     if method not in get_args(Initial):
-        raise ConfigError(f"initial={method!r} is not one of {', '.join(get_args(Initial))}")
+        hint = ": it needs data, calibrate(prepared_model, None, batches, method='gptq')" if method == "gptq" else ""
+        raise ConfigError(f"initial={method!r} is not one of {', '.join(get_args(Initial))}{hint}")

@@ -56,6 +56,7 @@ def _row_to_dict(report: Report, row: Row) -> dict[str, Any]:
         "bytes_memory": row.bytes_memory,
         "bytes_disk": row.bytes_disk,
         "note": row.note,
+        "steps": list(row.steps),
         "delta": report.delta(row),
         "bits_per_weight": report.bits_per_weight(row),
     }

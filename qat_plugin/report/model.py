@@ -13,6 +13,8 @@ FLOAT: Final = "float"
 PTQ: Final = "PTQ"
 FINE_TUNED: Final = "fine-tuned"
 FINE_TUNED_PTQ: Final = "fine-tuned, then PTQ"
+FURTHER: Final = "fine-tuned further"
+FURTHER_PTQ: Final = "fine-tuned further, then PTQ"
 QAT: Final = "QAT"
 CONVERTED: Final = "converted"
 RELOADED: Final = "reloaded"
@@ -25,7 +27,7 @@ MERGED: Final = "merged"
 BF16: Final = "bf16"
 """Names of the ladders' rows, and of the models in the latency table (float, bf16, converted)."""
 
-LADDER: Final = (FLOAT, PTQ, FINE_TUNED, FINE_TUNED_PTQ, QAT, CONVERTED, RELOADED)
+LADDER: Final = (FLOAT, PTQ, FINE_TUNED, FINE_TUNED_PTQ, FURTHER, FURTHER_PTQ, QAT, CONVERTED, RELOADED)
 ADAPTER_LADDER: Final = (FLOAT, NF4_BASE, QLORA, MERGED, CONVERTED, RELOADED)
 
 Metrics = LMMetrics | ClassifierMetrics
@@ -41,6 +43,8 @@ class Row:
         bytes_memory: bytes of its parameters and buffers in memory.
         bytes_disk: bytes of its file or folder on disk; ``None`` when it was not saved.
         note: a remark shown below the table.
+        steps: optimizer steps that made its weights from the float row's, training by training: ``(200, 100)`` for 100
+            steps that began where 200 had ended; empty where it is not known.
     """
 
     name: str
@@ -48,6 +52,10 @@ class Row:
     bytes_memory: int | None = None
     bytes_disk: int | None = None
     note: str = ""
+    steps: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", tuple(self.steps))
 
     @property
     def quality(self) -> float | None:

@@ -13,7 +13,6 @@ from qat_plugin.report.model import (
     BF16,
     CONVERTED,
     FINE_TUNED,
-    FINE_TUNED_PTQ,
     FLOAT,
     PTQ,
     QAT,
@@ -25,6 +24,7 @@ from qat_plugin.report.model import (
 )
 from qat_plugin.report.noise import PairedDifference, paired_difference
 from qat_plugin.report.plan import is_float, stored_bytes
+from qat_plugin.report.rivals import rivals, steps, steps_compared
 from qat_plugin.report.units import in_bytes, percent, times
 
 SAME_SPEED: Final = 0.05
@@ -38,6 +38,7 @@ def verdict_of(report: Report) -> list[str]:
     """The sentences that the report's numbers support, most important first; nothing is said about what is missing."""
     parts: tuple[Callable[[Report], Iterator[str]], ...] = (
         _worth_training,
+        steps_compared,
         _recovered,
         _training_alone,
         adapters.verdict,
@@ -58,11 +59,10 @@ def with_verdict(report: Report) -> Report:
 
 def _worth_training(report: Report) -> Iterator[str]:
     qat = _measured(report, QAT)
-    fair = _measured(report, FINE_TUNED_PTQ)
-    baseline = fair or _measured(report, PTQ)
-    if qat is None or baseline is None:
+    against = [] if qat is None else rivals(report, qat)
+    if qat is None or not against:
         return
-    name = "fine-tuning, then PTQ" if fair else "PTQ"
+    baseline, name = against[0].quantized, against[0].name
     numbers = f"{_quality(qat)} against {_number(baseline)}"
     difference = paired_difference(_metrics(baseline), _metrics(qat))
     if difference is None:
@@ -79,7 +79,7 @@ def _worth_training(report: Report) -> Iterator[str]:
         yield f"QAT is better than {name}: {numbers} ({_interval(difference, qat)})."
     else:
         yield f"QAT is worse than {name}: {numbers} ({_interval(difference, qat)}); ship the PTQ model."
-    if fair is None:
+    if baseline.name == PTQ and len(qat.steps) < 2:
         yield (
             "Fine-tuning for the same steps, then PTQ, was not measured: any gain of QAT over PTQ may be that of the "
             "training and not of the quantizer."
@@ -102,14 +102,14 @@ def _training_alone(report: Report) -> Iterator[str]:
 
 def _recovered(report: Report) -> Iterator[str]:
     qat = _measured(report, QAT)
-    start, quantized = _measured(report, FINE_TUNED), _measured(report, FINE_TUNED_PTQ)
-    if start is None or quantized is None:
-        start, quantized = _measured(report, FLOAT), _measured(report, PTQ)
-    if qat is None or start is None or quantized is None:
+    rival = next((rival for rival in rivals(report, qat) if rival.start is not None), None) if qat else None
+    if qat is None or rival is None or rival.start is None:
         return
+    start, quantized = rival.start, rival.quantized
     what = _unit_of_quality(qat)
     lost, regained = _worse_by(quantized, start), _worse_by(quantized, qat)
-    numbers = f"{start.name}: {_number(start)}; {quantized.name}: {_number(quantized)}; QAT: {_number(qat)}"
+    longer = f", after {steps(qat)} steps" if not rival.fair and len(qat.steps) > 1 else ""
+    numbers = f"{start.name}: {_number(start)}; {quantized.name}: {_number(quantized)}; QAT{longer}: {_number(qat)}"
     if not (math.isfinite(lost) and math.isfinite(regained)):
         return
     noise = paired_difference(_metrics(quantized), _metrics(start))

@@ -38,6 +38,7 @@ from qat_plugin.runs.interruption import EXIT_CODE, Interrupted, Interruptions
 from qat_plugin.runs.journal import journal, say
 from qat_plugin.runs.ladder import Ladder
 from qat_plugin.runs.language_model import language_subject
+from qat_plugin.runs.low_bits import switched
 from qat_plugin.runs.merging import merge_run
 from qat_plugin.runs.planning import beyond_positions, planned
 from qat_plugin.runs.ptq_ladder import PtqLadder
@@ -99,7 +100,10 @@ def _plan(job: Job, given: Sequence[str]) -> int:
     """
     config = job.config
     choose_card(config.plan, [key.partition("=")[0] for key in given])
-    plan = planned(job)
+    job, switch = switched(job)
+    config, plan = job.config, planned(job)
+    if switch:
+        print(f"{switch}\n")
     if config.plan.shape is not None:
         shape = planned_shape(config)
         print(f"planned for the shape {shape}\n" if shape else f"planned for {config.model.path}, not plan.shape\n")
@@ -157,6 +161,7 @@ def climb(job: Job, command: str) -> int:
     Returns:
         0, or 130 when it was interrupted; then the folder can be resumed.
     """
+    job, switch = switched(job)
     config = job.config
     if job.recipe is None:
         names = ", ".join(entry.name for entry in recipes())
@@ -166,6 +171,8 @@ def climb(job: Job, command: str) -> int:
     interruptions = Interruptions(f"qat: stopped at once. Go on with: {folder.resume_command}")
     with journal(folder.path / "log", verbose=config.verbose):
         say(f"{_title(config)}\nfolder: {folder.shown}")
+        if switch:
+            say(switch)
         try:
             with interruptions.listening():
                 report = _climbed(job, plan, folder, interruptions)

@@ -18,7 +18,7 @@ from torch import nn
 from qat_plugin import report as reporting
 from qat_plugin.atomic import replacing
 from qat_plugin.callbacks import ExactResume, QuantizationAwareTraining, QuantizationMonitor
-from qat_plugin.config.schema import Config
+from qat_plugin.config.schema import FINE_TUNED, Config
 from qat_plugin.errors import ConfigError
 from qat_plugin.policy import Plan
 from qat_plugin.ptq import GptqOptions, calibrate, calibration_of
@@ -42,6 +42,8 @@ class Ladder(Rungs):
             "ptq": (reporting.PTQ, self._ptq),
             "fine-tuned": (reporting.FINE_TUNED, self._fine_tuned),
             "fine-tuned-ptq": (reporting.FINE_TUNED_PTQ, self._fine_tuned_ptq),
+            "further": (reporting.FURTHER, self._further),
+            "further-ptq": (reporting.FURTHER_PTQ, self._further_ptq),
             "qat": (reporting.QAT, self._qat),
             "converted": (reporting.CONVERTED, self._converted),
             "reloaded": (reporting.RELOADED, self._reloaded),
@@ -55,14 +57,41 @@ class Ladder(Rungs):
         self._measure(reporting.PTQ, network, f"{how}, no training")
 
     def _fine_tuned(self) -> None:
-        module = self.subject.build()
+        module, steps = self.subject.build(), self._steps(1)
         self._train(module, "fine-tuned", [ExactResume()])
         note = "float, trained for the same steps on the same data as QAT"
-        self._measure(reporting.FINE_TUNED, self._trained("fine-tuned"), note)
+        if self._begins_fine_tuned:
+            note = f"float, trained for {steps[0]} steps; QAT begins from these weights"
+        self._measure(reporting.FINE_TUNED, self._trained("fine-tuned"), note, steps=steps)
 
     def _fine_tuned_ptq(self) -> None:
-        weights = read_checkpoint(self._checkpoints("fine-tuned") / LAST)["state_dict"]
-        self._measure(reporting.FINE_TUNED_PTQ, self._quantized("fine-tuned-ptq", weights))
+        network = self._quantized("fine-tuned-ptq", self._weights("fine-tuned"))
+        self._measure(reporting.FINE_TUNED_PTQ, network, steps=self._steps(1))
+
+    def _further(self) -> None:
+        module, steps = self.subject.build(), self._steps(2)
+        module.load_state_dict(self._weights("fine-tuned"))
+        self._train(module, "further", [ExactResume()])
+        note = f"float, {steps[0]} + {steps[1]} steps: from the fine-tuned weights, on the same data as QAT"
+        self._measure(reporting.FURTHER, self._trained("further"), note, steps=steps)
+
+    def _further_ptq(self) -> None:
+        network = self._quantized("further-ptq", self._weights("further"))
+        self._measure(reporting.FURTHER_PTQ, network, steps=self._steps(2))
+
+    @property
+    def _begins_fine_tuned(self) -> bool:
+        """Whether QAT starts from the fine-tuned rung."""
+        return self.config.qat.begin == FINE_TUNED
+
+    def _steps(self, trainings: int) -> tuple[int, ...]:
+        """Optimizer steps of so many trainings, one from where the other ended."""
+        return (self.config.trainer.max_steps,) * trainings
+
+    def _weights(self, stage: str) -> dict[str, torch.Tensor]:
+        """What a training stage ended with, under the LightningModule's names."""
+        weights: dict[str, torch.Tensor] = read_checkpoint(self._checkpoints(stage) / LAST)["state_dict"]
+        return weights
 
     def _qat(self) -> None:
         module = self._student()
@@ -76,11 +105,25 @@ class Ladder(Rungs):
         state = _renamed(quantizer_state(module), name_prefix(module))
         with replacing(self._checkpoints("qat") / _QUANTIZERS) as temporary:
             torch.save(state, temporary)
-        self._measure(reporting.QAT, self._prepared())
+        steps = self._steps(2 if self._begins_fine_tuned else 1)
+        self._measure(reporting.QAT, self._prepared(), self._how_qat_began(steps), steps=steps)
+
+    def _how_qat_began(self, steps: tuple[int, ...]) -> str:
+        """A footnote on what is not as usual; empty where all is."""
+        parts = []
+        if self._begins_fine_tuned:
+            parts.append(
+                f"{steps[0]} + {steps[1]} steps: it began from the fine-tuned weights, and the last are its own"
+            )
+        if self.config.qat.initial == "gptq":
+            parts.append("its weights and scales began as GPTQ's")
+        return "; ".join(parts)
 
     def _student(self) -> L.LightningModule:
         """The module that is trained; its teacher, if any, is the float model or the ladder's fine-tuned one."""
         distill, module = self.config.distill, self.subject.build_student()
+        if self._begins_fine_tuned:
+            network_of(module).load_state_dict(self._network_weights("fine-tuned", module))
         if not distill.weight:
             return module
         teacher = getattr(getattr(module, "objective", None), "teacher", None)
@@ -88,13 +131,16 @@ class Ladder(Rungs):
             raise ConfigError(
                 "distill.weight is for language models (model=embedded or transformers): set it to 0 here"
             )
-        if distill.teacher == "fine-tuned":
-            if "fine-tuned" not in self.config.task.stages:
+        if distill.teacher == FINE_TUNED:
+            if FINE_TUNED not in self.config.task.stages:
                 raise ConfigError("distill.teacher=fine-tuned needs 'fine-tuned' among task.stages, which trains it")
-            weights = read_checkpoint(self._checkpoints("fine-tuned") / LAST)["state_dict"]
-            prefix = name_prefix(module)
-            teacher.load_state_dict({name.removeprefix(prefix): value for name, value in weights.items()})
+            teacher.load_state_dict(self._network_weights("fine-tuned", module))
         return module
+
+    def _network_weights(self, stage: str, module: L.LightningModule) -> dict[str, torch.Tensor]:
+        """What a training stage ended with, under the names of the network in such a module."""
+        prefix = name_prefix(module)
+        return {name.removeprefix(prefix): value for name, value in self._weights(stage).items()}
 
     def _converted(self) -> None:
         self._convert(self._prepared() if "qat" in self.config.task.stages else self._quantized())
@@ -102,7 +148,7 @@ class Ladder(Rungs):
     def _trained(self, stage: str) -> nn.Module:
         """The network of a training stage, from its checkpoint."""
         module = self.subject.build()
-        module.load_state_dict(read_checkpoint(self._checkpoints(stage) / LAST)["state_dict"])
+        module.load_state_dict(self._weights(stage))
         return network_of(module).eval()
 
     def _prepared(self) -> nn.Module:
@@ -140,7 +186,7 @@ class Ladder(Rungs):
                 self.subject.training_batches(ptq.calibration_batches),
                 method=chosen,
                 observer=ptq.observer,
-                gptq=GptqOptions(ptq.damping, ptq.correct, ptq.act_order, sweeps=ptq.sweeps),
+                gptq=gptq_options(self.config),
                 resume=None if chosen == "rtn" else self.folder.path / "calibration" / stage,
             )
 
@@ -158,9 +204,17 @@ def quantization_aware_training(config: Config, plan: Plan, prefix: str) -> Quan
         observer=config.qat.observer,
         learn_zero_points=config.qat.learn_zero_points,
         initial=config.qat.initial,  # type: ignore[arg-type]
+        calibration_batches=config.ptq.calibration_batches,
+        gptq=gptq_options(config),
         scale_learning_rate=config.qat.scale_learning_rate,
         convert=False,
     )
+
+
+def gptq_options(config: Config) -> GptqOptions:
+    """GPTQ as a recipe wants it."""
+    ptq = config.ptq
+    return GptqOptions(ptq.damping, ptq.correct, ptq.act_order, sweeps=ptq.sweeps)
 
 
 def monitors_of(config: Config) -> list[QuantizationMonitor]:

@@ -18,7 +18,7 @@ from qat_plugin.config.options import (
     TextFiles,
     TransformersModel,
 )
-from qat_plugin.config.schema import Config
+from qat_plugin.config.schema import FINE_TUNED, Config
 from qat_plugin.config.targets import is_target
 from qat_plugin.config.typed import option_of
 from qat_plugin.errors import ConfigError, did_you_mean
@@ -85,6 +85,8 @@ def _planned_base(config: Config, network: nn.Module) -> Plan:
         "qat.scale_learning_rate": config.qat.scale_learning_rate is not None,
         "qat.learn_zero_points": config.qat.learn_zero_points,
         "qat.monitor": config.qat.monitor is not False,
+        "qat.initial=gptq": config.qat.initial == "gptq",
+        "qat.begin=fine-tuned": config.qat.begin == FINE_TUNED,
         "distill.teacher=fine-tuned": config.distill.teacher == "fine-tuned",
     }
     if named := [key for key, given in unused.items() if given]:

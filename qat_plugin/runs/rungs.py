@@ -208,9 +208,11 @@ class Rungs:
         device = next(network.parameters()).device
         return load_converted(network, self.folder.converted).to(device)
 
-    def _measure(self, name: str, network: nn.Module, note: str = "", *, memory: bool = False) -> None:
+    def _measure(
+        self, name: str, network: nn.Module, note: str = "", *, memory: bool = False, steps: tuple[int, ...] = ()
+    ) -> None:
         metrics = self.subject.evaluate(network, self._reference)
-        self._add(Row(name, metrics, model_bytes(network) if memory else None, note=note))
+        self._add(Row(name, metrics, model_bytes(network) if memory else None, note=note, steps=steps))
 
     def _add(self, row: Row) -> None:
         rows = [other for other in self.report.rows if other.name != row.name]

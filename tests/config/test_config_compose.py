@@ -213,7 +213,7 @@ def test_what_a_recipe_may_not_hold(text: str, said: str, compose: Compose, mine
 
 
 def test_every_field_of_the_schema_is_documented(compose: Compose) -> None:
-    from qat_plugin.config.schema import keys_with_help
+    from qat_plugin.config.keys import keys_with_help
 
     help = {key: text for key, _, text in keys_with_help()}
     assert set(asdict(compose())["trainer"]) == {key.split(".")[1] for key in help if key.startswith("trainer.")}

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from qat_plugin.config.catalogue import groups, recipes
+from qat_plugin.config.keys import keys_with_help
 from qat_plugin.config.places import conf_folder
-from qat_plugin.config.schema import keys_with_help
 from qat_plugin.config.usage import help_text, listing
 
 ROOT = Path(__file__).resolve().parents[2]
