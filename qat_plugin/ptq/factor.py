@@ -37,7 +37,7 @@ def lower_factor(moment: Tensor, damping: float, order: Tensor | None = None) ->
     mean = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
     upper, share = torch.empty_like(moment, memory_format=torch.contiguous_format), damping
     for _ in range(_RETRIES):
-        added = torch.where(dead, mean, share * mean)
+        added = torch.full_like(diagonal, share * mean).masked_fill_(dead, mean)
         _reordered(moment, order, upper)
         upper.diagonal().add_(added if order is None else added[order])
         if _decomposed(upper) and all_finite(upper):
