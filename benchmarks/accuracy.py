@@ -3,10 +3,11 @@
     python benchmarks/accuracy.py MODEL TRAIN VALID --quick            int4 and int3, one seed; minutes
     python benchmarks/accuracy.py MODEL TRAIN VALID --seeds 0 1 2      all of it, mean and spread
 
-Without training: each method on the model as it is, against it. With training: everything trains the same number of
-steps on the same batches in the same order; the baseline is the fine-tuned float model, at the best of the learning
-rates given, and that model quantized afterwards. QAT learns from the same data and, by default, from the fine-tuned
-model (which costs those steps beside its own). Automatic policies spend a budget of bits per weight. Calibration and
+Without training: each method on the model as it is, against it. With training: the baseline is the fine-tuned float model, at the best of the learning rates given, and that model
+quantized afterwards. "QAT" has as many steps on the same batches in the same order, from the float model, and by
+default the fine-tuned model for a teacher (which costs those steps beside its own). "QAT on" begins where fine-tuning
+ended, with the same teacher: twice the steps in all, so the float model fine-tuned on for as many stands beside it,
+and what is left of that after GPTQ. All with training are told above the model fine-tuned once. Automatic policies spend a budget of bits per weight. Calibration and
 training see TRAIN alone; VALID is only measured, behind the choice of nothing.
 """
 
@@ -46,8 +47,10 @@ def options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--float-rates", type=float, nargs="+", default=[5e-4])
     parser.add_argument("--rates", type=json.loads, default={}, help='of QAT by bits, as {"4": 3e-4}')
-    parser.add_argument("--scale-rate", type=float, default=2e-3)
+    parser.add_argument("--scale-rate", type=float, default=1e-3)
     parser.add_argument("--distill", type=float, default=1.0, help="weight of the fine-tuned model's predictions")
+    parser.add_argument("--hidden", type=float, default=3.0, help="weight of the error of its states")
+    parser.add_argument("--on-rates", type=json.loads, default={}, help='of "QAT on", by bits')
     parser.add_argument("--rules", type=json.loads, default={}, help='group sizes, as {"*.down_proj": 43}')
     parser.add_argument("--group", type=int, default=32)
     parser.add_argument("--budgets", nargs="*", default=["4.6bpw", "5.6bpw"])
@@ -58,7 +61,8 @@ def options() -> argparse.Namespace:
     args = parser.parse_args()
     if args.quick:
         args.bits, args.seeds, args.budgets, args.measurements = [4, 3], args.seeds[:1], args.budgets[:1], 24
-    args.rates = {"4": 3e-4, "3": 3e-4, "2": 1.5e-3, **args.rates}
+    args.rates = {"4": 3e-4, "3": 5e-4, "2": 1.5e-3, **args.rates}
+    args.on_rates = {"4": 2e-4, "3": 5e-4, "2": 1.5e-3, **args.on_rates}
     return args
 
 
@@ -92,10 +96,10 @@ class Bench:
         calibrate(mine, policy, self.calibration, method=method, progress=False)
         return {"loss": self.loss(mine), "seconds": time.monotonic() - started}
 
-    def train(self, rate: float, callbacks: list[Any], **learning: Any) -> Any:
-        """A trained copy of the model."""
+    def train(self, rate: float, callbacks: list[Any], start: Any = None, **learning: Any) -> Any:
+        """A trained copy of the model, or of one to start from."""
         L.seed_everything(self.seed, verbose=False)
-        module = CausalLM(copy.deepcopy(self.model), learning_rate=rate, **learning)
+        module = CausalLM(copy.deepcopy(self.model if start is None else start), learning_rate=rate, **learning)
         L.Trainer(
             accelerator="cpu", max_steps=self.args.steps, max_epochs=-1, gradient_clip_val=1.0, callbacks=callbacks,
             logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -130,26 +134,28 @@ class Bench:
         losses = [self.loss(model) for model, _ in tuned]
         fine, rate = tuned[losses.index(min(losses))]
         found.append({"row": "fine-tuned", "rate": rate, "loss": min(losses), "base": True})
+        further = self.train(rate, [], fine)
+        found.append({"row": "fine-tuned on", "rate": rate, "loss": self.loss(further)})
         for bits in args.bits:
             for method in TRAINED:
-                found.append(
-                    {"row": f"int{bits} fine-tuned, {method}", **self.quantized(fine, self.policy(bits), method)}
-                )
-            found.append(self.qat(bits, fine))
+                row = self.quantized(fine, self.policy(bits), method)
+                found.append({"row": f"int{bits} fine-tuned, {method}", **row})
+            found.append({"row": f"int{bits} fine-tuned on, gptq", **self.quantized(further, self.policy(bits), "gptq")})
+            found.append({"row": f"int{bits} QAT", **self.qat(bits, args.rates[str(bits)], None, fine)})
+            found.append({"row": f"int{bits} QAT on", **self.qat(bits, args.on_rates[str(bits)], fine, fine)})
         return found
 
-    def qat(self, bits: int, teacher: Any) -> dict[str, Any]:
+    def qat(self, bits: int, rate: float, start: Any, teacher: Any) -> dict[str, Any]:
         """One run of QAT with learned scales."""
-        args, started, rate = self.args, time.monotonic(), self.args.rates[str(bits)]
+        args, started = self.args, time.monotonic()
         callback = QuantizationAwareTraining(
             self.policy(bits), convert=False, learn_scales=True, initial="mse", scale_learning_rate=args.scale_rate
         )
-        taught: dict[str, Any] = {}
+        taught: dict[str, Any] = {"final_share": 0.0}
         if args.distill:
-            taught = {"distillation": Distillation(args.distill), "teacher": copy.deepcopy(teacher)}
-        model = self.train(rate, [callback], **taught)
-        row = {"row": f"int{bits} QAT", "rate": rate, "loss": self.loss(model)}
-        return {**row, "seconds": time.monotonic() - started}
+            taught |= {"distillation": Distillation(args.distill, hidden=args.hidden), "teacher": copy.deepcopy(teacher)}
+        model = self.train(rate, [callback], start, **taught)
+        return {"rate": rate, "loss": self.loss(model), "seconds": time.monotonic() - started}
 
     def rows(self) -> list[dict[str, Any]]:
         """Everything for one seed, each beside the float model that it is compared with."""

@@ -199,6 +199,7 @@ class AdamW:
     learning_rate: float = option(1e-4, "peak learning rate")
     weight_decay: float = option(0.01, "decoupled weight decay of matrices")
     warmup_steps: int = option(10, "optimizer steps of linear warm-up")
+    final_share: float = option(0.1, "learning rate at the end of the cosine, as a share of the peak; 0 suits low bits")
     bits: int = option(32, "of the two moments: 32, or 8 (bitsandbytes' paged AdamW on CUDA, torchao's elsewhere)")
 
     def __post_init__(self) -> None:
@@ -206,3 +207,6 @@ class AdamW:
         check_choice("optimizer.bits", str(self.bits), ("32", "8"))
         check_at_least("optimizer.weight_decay", self.weight_decay, 0)
         check_at_least("optimizer.warmup_steps", self.warmup_steps, 0)
+        check_at_least("optimizer.final_share", self.final_share, 0)
+        if self.final_share > 1:
+            raise ConfigError(f"optimizer.final_share={self.final_share} is not allowed: it is a share, at most 1")

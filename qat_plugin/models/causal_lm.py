@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import lightning as L
@@ -10,16 +9,15 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from qat_plugin.errors import ConfigError
 from qat_plugin.models.loading import load_causal_lm
 from qat_plugin.models.objective import Distillation, Objective
-from qat_plugin.models.optimizers import adamw, allow_states_in_checkpoints
+from qat_plugin.models.optimizers import adamw, allow_states_in_checkpoints, check_schedule, warmup_cosine
 
 __all__ = ["CausalLM", "load_causal_lm"]
 
 
 class CausalLM(L.LightningModule):
-    """Next-token training of a causal language model: AdamW, linear warm-up, cosine decay to a tenth.
+    """Next-token training of a causal language model: AdamW, linear warm-up, cosine decay.
 
     Batches hold ``input_ids`` and ``labels``, int64 [B, T] (labels are shifted here; -100 is not predicted), and may
     hold ``attention_mask`` or, for packed examples, ``position_ids``. Logs ``train_loss``, ``val_loss`` and
@@ -31,6 +29,7 @@ class CausalLM(L.LightningModule):
         learning_rate: peak learning rate.
         weight_decay: decoupled, of matrices only.
         warmup_steps: optimizer steps of linear warm-up.
+        final_share: learning rate at the end of the cosine, as a share of the peak.
         betas: AdamW's.
         optimizer_bits: of AdamW's two moments, 32 or 8.
         chunked_loss: never hold the logits of all tokens at once.
@@ -51,6 +50,7 @@ class CausalLM(L.LightningModule):
         learning_rate: float = 1e-4,
         weight_decay: float = 0.01,
         warmup_steps: int = 10,
+        final_share: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
         optimizer_bits: int = 32,
         chunked_loss: bool = True,
@@ -59,14 +59,12 @@ class CausalLM(L.LightningModule):
         base_record: Any = None,
     ) -> None:
         super().__init__()
-        if not learning_rate > 0:
-            raise ConfigError(f"learning_rate is {learning_rate}; it must be above 0")
-        if weight_decay < 0 or warmup_steps < 0:
-            raise ConfigError(f"weight_decay ({weight_decay}) and warmup_steps ({warmup_steps}) must not be negative")
+        check_schedule(learning_rate, weight_decay, warmup_steps, final_share)
         # transformers returns models in eval mode and Lightning never calls .train()
         self.model = model.train()
         self.tokenizer = tokenizer
         self.learning_rate, self.weight_decay, self.warmup_steps = learning_rate, weight_decay, warmup_steps
+        self.final_share = final_share
         self.betas, self.optimizer_bits, self.base_record = betas, optimizer_bits, base_record
         if optimizer_bits == 8:
             allow_states_in_checkpoints()
@@ -111,18 +109,9 @@ class CausalLM(L.LightningModule):
         others = [parameter for parameter in trained if all(parameter is not other for other in decayed)]
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
         optimizer = adamw(groups, lr=self.learning_rate, betas=self.betas, bits=self.optimizer_bits)
-        total = self.trainer.estimated_stepping_batches
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._factor(step, total))
+        shape = (self.warmup_steps, self.trainer.estimated_stepping_batches, self.final_share)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, *shape))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _factor(self, step: int, total: float) -> float:
-        """Learning rate at ``step`` over the peak."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        if math.isinf(total):
-            return 1.0
-        done = min(1.0, (step - self.warmup_steps) / max(1, total - self.warmup_steps))
-        return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
 
     @property
     def objective(self) -> Objective:

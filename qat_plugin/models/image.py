@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,10 +17,10 @@ from typing_extensions import override
 
 from qat_plugin.cache import cache_directory
 from qat_plugin.data.images import ImageData
-from qat_plugin.errors import ConfigError, DataError
+from qat_plugin.errors import DataError
 from qat_plugin.measure import Progress, progressing
 from qat_plugin.models.embedded import _MARK, _is_whole, _move, _place_to_build, _sha256
-from qat_plugin.models.optimizers import adamw
+from qat_plugin.models.optimizers import adamw, check_schedule, warmup_cosine
 from qat_plugin.models.resnet import SmallResNet
 
 _FORMAT = 1
@@ -39,6 +38,7 @@ class ImageClassifier(L.LightningModule):
         learning_rate: peak learning rate.
         weight_decay: decoupled, of matrices and kernels only.
         warmup_steps: optimizer steps of linear warm-up.
+        final_share: learning rate at the end of the cosine, as a share of the peak.
         optimizer_bits: of AdamW's two moments, 32 or 8.
 
     Raises:
@@ -52,17 +52,14 @@ class ImageClassifier(L.LightningModule):
         learning_rate: float = 1e-3,
         weight_decay: float = 0.01,
         warmup_steps: int = 10,
+        final_share: float = 0.1,
         optimizer_bits: int = 32,
     ) -> None:
         super().__init__()
-        if not learning_rate > 0 or weight_decay < 0 or warmup_steps < 0:
-            raise ConfigError(
-                f"learning_rate ({learning_rate}) must be above 0, weight_decay ({weight_decay}) and warmup_steps "
-                f"({warmup_steps}) not below it"
-            )
+        check_schedule(learning_rate, weight_decay, warmup_steps, final_share)
         self.model = (SmallResNet() if model is None else model).train()
         self.learning_rate, self.weight_decay, self.warmup_steps = learning_rate, weight_decay, warmup_steps
-        self.optimizer_bits = optimizer_bits
+        self.final_share, self.optimizer_bits = final_share, optimizer_bits
 
     @override
     def forward(self, images: Tensor) -> Tensor:
@@ -87,8 +84,8 @@ class ImageClassifier(L.LightningModule):
     @override
     def configure_optimizers(self) -> Any:
         optimizer = _optimizer(self, self.learning_rate, self.weight_decay, self.optimizer_bits)
-        total = self.trainer.estimated_stepping_batches
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _factor(step, self.warmup_steps, total))
+        shape = (self.warmup_steps, self.trainer.estimated_stepping_batches, self.final_share)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, *shape))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
@@ -166,7 +163,7 @@ def _build(folder: Path, net: nn.Module, recipe: ImageRecipe, data: ImageData, p
 def _train(net: nn.Module, recipe: ImageRecipe, data: ImageData, progress: Progress | bool) -> None:
     optimizer = _optimizer(net, recipe.learning_rate, 0.05, 32)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _factor(step, max(1, recipe.steps // 20), recipe.steps)
+        optimizer, lambda step: warmup_cosine(step, max(1, recipe.steps // 20), recipe.steps, 0.1)
     )
     step, epoch = 0, 0
     net.train()
@@ -194,13 +191,3 @@ def _optimizer(module: nn.Module, rate: float, decay: float, bits: int) -> torch
     others = [w for _, w in trained if all(w is not other for other in decayed)]
     groups = [{"params": decayed, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
     return adamw(groups, lr=rate, bits=bits)
-
-
-def _factor(step: int, warmup: int, total: float) -> float:
-    """Learning rate at ``step`` over the peak."""
-    if step < warmup:
-        return (step + 1) / warmup
-    if math.isinf(total):
-        return 1.0
-    done = min(1.0, (step - warmup) / max(1, total - warmup))
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * done))

@@ -1,7 +1,8 @@
-"""AdamW with 32-bit or 8-bit moments, one call for every device."""
+"""AdamW with 32-bit or 8-bit moments, one call for every device, and the schedule of its learning rate."""
 
 from __future__ import annotations
 
+import math
 import shutil
 import warnings
 from collections.abc import Iterable
@@ -86,3 +87,34 @@ def expected_state_bytes(parameters: Iterable[nn.Parameter], bits: int = 32) -> 
         else:
             total += 2 * count * (4 if bits == 8 and parameter.is_cuda else parameter.element_size())
     return total
+
+
+def warmup_cosine(step: int, warmup: int, total: float, final_share: float) -> float:
+    """Learning rate at a step over the peak: linear warm-up, then a cosine down to ``final_share``.
+
+    Args:
+        step: from 0.
+        warmup: steps of it.
+        total: steps of the whole run; infinite for a stream, whose rate stays at the peak.
+        final_share: of the peak, at the end.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    if math.isinf(total):
+        return 1.0
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    return final_share + (1 - final_share) / 2 * (1 + math.cos(math.pi * done))
+
+
+def check_schedule(learning_rate: float, weight_decay: float, warmup_steps: int, final_share: float) -> None:
+    """Raise for numbers out of their range.
+
+    Raises:
+        ConfigError: naming the number.
+    """
+    if not learning_rate > 0:
+        raise ConfigError(f"learning_rate is {learning_rate}; it must be above 0")
+    if weight_decay < 0 or warmup_steps < 0:
+        raise ConfigError(f"weight_decay ({weight_decay}) and warmup_steps ({warmup_steps}) must not be negative")
+    if not 0 <= final_share <= 1:
+        raise ConfigError(f"final_share is {final_share}; it is a share of the peak learning rate, from 0 to 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import lightning as L
@@ -13,6 +14,7 @@ from qat_plugin.data.text import TextData
 from qat_plugin.errors import ConfigError
 from qat_plugin.measure import evaluate_lm
 from qat_plugin.models.causal_lm import CausalLM, load_causal_lm
+from qat_plugin.models.optimizers import warmup_cosine
 
 
 def _trainer(tmp_path: Path, **options: object) -> L.Trainer:
@@ -54,13 +56,24 @@ def test_loss_falls_and_validation_equals_an_independent_evaluation(
     assert metrics["val_perplexity"] == pytest.approx(independent.perplexity, rel=1e-4)
 
 
-def test_the_learning_rate_warms_up_and_decays_to_a_tenth(minute_model: Path) -> None:
-    module = CausalLM(load_causal_lm(minute_model)[0], warmup_steps=4)
-    factors = [module._factor(step, 20) for step in range(21)]
+@pytest.mark.parametrize("final_share", [0.1, 0.0])
+def test_the_learning_rate_warms_up_and_decays(final_share: float) -> None:
+    factors = [warmup_cosine(step, 4, 20, final_share) for step in range(21)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert factors[4] == pytest.approx(1.0)
-    assert factors[20] == pytest.approx(0.1)
+    assert factors[20] == pytest.approx(final_share)
     assert factors[4:] == sorted(factors[4:], reverse=True)
+    assert warmup_cosine(10**6, 4, math.inf, final_share) == 1.0
+
+
+def test_a_module_follows_its_schedule(minute_model: Path, tmp_path: Path, data_of: object) -> None:
+    model, tokenizer = load_causal_lm(minute_model)
+    module = CausalLM(model, tokenizer, learning_rate=1e-3, warmup_steps=2, final_share=0.0)
+    trainer = _trainer(tmp_path, max_steps=4)
+    trainer.fit(module, datamodule=data_of(tokenizer))  # type: ignore[operator]
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-12)
+    with pytest.raises(ConfigError, match="final_share is 2"):
+        CausalLM(model, tokenizer, final_share=2)
 
 
 def test_norms_and_learned_scales_are_not_decayed(minute_model: Path, tmp_path: Path, data_of: object) -> None:
