@@ -3,12 +3,13 @@
     python benchmarks/accuracy.py MODEL TRAIN VALID --quick            int4 and int3, one seed; minutes
     python benchmarks/accuracy.py MODEL TRAIN VALID --seeds 0 1 2      all of it, mean and spread
 
-Without training: each method on the model as it is, against it. With training: the baseline is the fine-tuned float model, at the best of the learning rates given, and that model
-quantized afterwards. "QAT" has as many steps on the same batches in the same order, from the float model, and by
-default the fine-tuned model for a teacher (which costs those steps beside its own). "QAT on" begins where fine-tuning
-ended, with the same teacher: twice the steps in all, so the float model fine-tuned on for as many stands beside it,
-and what is left of that after GPTQ. All with training are told above the model fine-tuned once. Automatic policies spend a budget of bits per weight. Calibration and
-training see TRAIN alone; VALID is only measured, behind the choice of nothing.
+Without training: each method on the model as it is, against it. With training: the baseline is the fine-tuned float
+model, at the best of the learning rates given, and that model quantized afterwards. "QAT" has as many steps on the same
+batches in the same order, from the float model, and by default the fine-tuned model for a teacher (which costs those
+steps beside its own). "QAT on" begins where fine-tuning ended, with the same teacher: twice the steps in all, so the
+float model fine-tuned on for as many stands beside it, and what is left of that after GPTQ. All with training are told
+above the model fine-tuned once. Automatic policies spend a budget of bits per weight. Calibration and training see
+TRAIN alone; VALID is only measured, behind the choice of nothing.
 """
 
 from __future__ import annotations
@@ -140,7 +141,8 @@ class Bench:
             for method in TRAINED:
                 row = self.quantized(fine, self.policy(bits), method)
                 found.append({"row": f"int{bits} fine-tuned, {method}", **row})
-            found.append({"row": f"int{bits} fine-tuned on, gptq", **self.quantized(further, self.policy(bits), "gptq")})
+            row = self.quantized(further, self.policy(bits), "gptq")
+            found.append({"row": f"int{bits} fine-tuned on, gptq", **row})
             found.append({"row": f"int{bits} QAT", **self.qat(bits, args.rates[str(bits)], None, fine)})
             found.append({"row": f"int{bits} QAT on", **self.qat(bits, args.on_rates[str(bits)], fine, fine)})
         return found
@@ -153,7 +155,8 @@ class Bench:
         )
         taught: dict[str, Any] = {"final_share": 0.0}
         if args.distill:
-            taught |= {"distillation": Distillation(args.distill, hidden=args.hidden), "teacher": copy.deepcopy(teacher)}
+            objective = Distillation(args.distill, hidden=args.hidden)
+            taught |= {"distillation": objective, "teacher": copy.deepcopy(teacher)}
         model = self.train(rate, [callback], start, **taught)
         return {"rate": rate, "loss": self.loss(model), "seconds": time.monotonic() - started}
 
