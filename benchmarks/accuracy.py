@@ -62,7 +62,7 @@ def options() -> argparse.Namespace:
     args = parser.parse_args()
     if args.quick:
         args.bits, args.seeds, args.budgets, args.measurements = [4, 3], args.seeds[:1], args.budgets[:1], 24
-    args.rates = {"4": 3e-4, "3": 5e-4, "2": 1.5e-3, **args.rates}
+    args.rates = {"4": 4e-4, "3": 5e-4, "2": 1.5e-3, **args.rates}
     args.on_rates = {"4": 2e-4, "3": 5e-4, "2": 1.5e-3, **args.on_rates}
     return args
 
