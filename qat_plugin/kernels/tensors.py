@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qat_plugin.errors import ConversionError
+from qat_plugin.kernels.scales import scale_dtype
 from qat_plugin.kernels.table import ConvShape, LayerSpec, Usage, choose, kernel_named
 from qat_plugin.kernels.torchao_import import import_torchao
 from qat_plugin.numerics import Quantized
@@ -130,7 +131,9 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
             ConversionError: when no kernel runs it; each kernel's reason is in the message.
         """
         rows, columns = quantized.q.shape
-        spec = LayerSpec(quantized.scheme, rows, columns, quantized.q.device, dtype, usage, conv)
+        spec = LayerSpec(
+            quantized.scheme, rows, columns, quantized.q.device, dtype, usage, conv, scale_dtype(quantized.scale)
+        )
         choice = choose(spec)
         if kernel is None and choice.refusal is not None:
             raise ConversionError(f"no kernel runs {quantized.scheme} on {spec.device}: {choice.refusal}")

@@ -164,7 +164,9 @@ def _entries(cursor: _Cursor, count: int) -> tuple[dict[str, Any], dict[str, tup
         at = cursor.at
         key = cursor.string(f"key of metadata entry {index}")
         if not key or key in metadata:
-            raise cursor.damaged(f"the key of metadata entry {index}, {key!r}, is " + ("there twice" if key else "empty"), at)
+            raise cursor.damaged(
+                f"the key of metadata entry {index}, {key!r}, is " + ("there twice" if key else "empty"), at
+            )
         kind = cursor.number("I", f"type of {key}")
         start = cursor.at
         metadata[key] = cursor.value(kind, key)
@@ -184,7 +186,9 @@ def _tensors(cursor: _Cursor, count: int) -> Iterator[TensorInfo]:
     """Each entry of the table, with the offset in the data section for a start."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    kinds = {int(kind): (kind.name, *GGML_QUANT_SIZES[kind]) for kind in GGMLQuantizationType if kind in GGML_QUANT_SIZES}
+    kinds = {
+        int(kind): (kind.name, *GGML_QUANT_SIZES[kind]) for kind in GGMLQuantizationType if kind in GGML_QUANT_SIZES
+    }
     for index in range(count):
         at = cursor.at
         name = cursor.string(f"name of tensor {index}")
@@ -192,7 +196,9 @@ def _tensors(cursor: _Cursor, count: int) -> Iterator[TensorInfo]:
             raise cursor.damaged(f"tensor {index} has no name", at)
         dimensions = cursor.number("I", f"number of dimensions of {name}")
         if not 1 <= dimensions <= _MOST_DIMENSIONS:
-            raise cursor.damaged(f"{name} has {dimensions} dimensions (1 to {_MOST_DIMENSIONS} are allowed)", cursor.at - 4)
+            raise cursor.damaged(
+                f"{name} has {dimensions} dimensions (1 to {_MOST_DIMENSIONS} are allowed)", cursor.at - 4
+            )
         shape = tuple(cursor.number("Q", f"shape of {name}") for _ in range(dimensions))[::-1]
         number = cursor.number("I", f"type of {name}")
         if number not in kinds:
@@ -204,9 +210,7 @@ def _tensors(cursor: _Cursor, count: int) -> Iterator[TensorInfo]:
         yield TensorInfo(name, shape, kind, cursor.number("Q", f"offset of {name}"), elements // block * nbytes)
 
 
-def _placed(
-    cursor: _Cursor, found: list[TensorInfo], data_start: int, alignment: int
-) -> dict[str, TensorInfo]:
+def _placed(cursor: _Cursor, found: list[TensorInfo], data_start: int, alignment: int) -> dict[str, TensorInfo]:
     """The tensors with their places in the file: inside it, aligned, no two over each other."""
     placed: dict[str, TensorInfo] = {}
     for info in found:

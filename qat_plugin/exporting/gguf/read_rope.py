@@ -41,7 +41,9 @@ def rope_parameters(metadata: Metadata, width: int, default_theta: float) -> dic
     return {"rope_type": "default", "rope_theta": theta}
 
 
-def llama3_divisors(width: int, theta: float, factor: float, low: float, high: float, original: int) -> npt.NDArray[Any]:
+def llama3_divisors(
+    width: int, theta: float, factor: float, low: float, high: float, original: int
+) -> npt.NDArray[Any]:
     """What Llama 3 divides its frequencies by, float64 [width / 2].
 
     Frequencies of long waves are divided by ``factor``, of short ones not at all, those between by a blend (Llama 3.1;

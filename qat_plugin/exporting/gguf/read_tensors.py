@@ -70,7 +70,9 @@ def tensors_of(header: Header, network: nn.Module, config: Any) -> Tensors:
     """
     architecture = str(header.metadata["general.architecture"])
     names = _names(header, network, architecture, config.num_hidden_layers)
-    layers = {f"{name}.weight" for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))}
+    layers = {
+        f"{name}.weight" for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))
+    }
     quantized: dict[str, Callable[[], Stored]] = {}
     floats: dict[str, Callable[[], Tensor]] = {}
     notes: dict[str, str] = {}
