@@ -13,6 +13,7 @@ stay in the mapped file. Specification: https://github.com/ggml-org/ggml/blob/ma
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 from collections.abc import Iterator
@@ -226,7 +227,7 @@ def _placed(cursor: _Cursor, found: list[TensorInfo], data_start: int, alignment
             )
         placed[info.name] = TensorInfo(info.name, info.shape, info.kind, start, info.nbytes)
     ordered = sorted(placed.values(), key=lambda info: info.start)
-    for before, after in zip(ordered, ordered[1:], strict=False):
+    for before, after in itertools.pairwise(ordered):
         if before.start + before.nbytes > after.start:
             raise cursor.damaged(f"{before.name} and {after.name} lie over each other", after.start)
     return placed
@@ -289,7 +290,7 @@ class _Cursor:
         if kind not in (*_FIXED, _STRING, _ARRAY):
             raise self.damaged(f"the elements of {what} have type {kind}, which there is none of", at)
         least = struct.calcsize(_FIXED[kind]) if kind in _FIXED else 8 if kind == _STRING else 12
-        count, start = self.count(f"elements of {what}", least), 0
+        count = self.count(f"elements of {what}", least)
         start = self.at
         if kind in _FIXED:
             self.at = self._end(count * least, f"values of {what}")
