@@ -150,7 +150,7 @@ def read_header(path: Path) -> Header:
 
 
 def _version(cursor: _Cursor) -> int:
-    version = cursor.number("I", "version")
+    version: int = cursor.number("I", "version")
     if version in VERSIONS:
         return version
     if int.from_bytes(struct.pack("<I", version), "big") in (1, *VERSIONS):
@@ -222,8 +222,8 @@ def _placed(cursor: _Cursor, found: list[TensorInfo], data_start: int, alignment
             raise cursor.damaged(f"{info.name} lies at offset {info.start}, no multiple of {alignment}", cursor.at)
         if start + info.nbytes > cursor.size:
             raise CheckpointError(
-                f"{cursor.path} was cut short or is damaged: {info.name} ({info.kind}, {info.shape}) takes bytes {start} "
-                f"to {start + info.nbytes}, the file has {cursor.size}"
+                f"{cursor.path} was cut short or is damaged: {info.name} ({info.kind}, {info.shape}) takes bytes "
+                f"{start} to {start + info.nbytes}, the file has {cursor.size}"
             )
         placed[info.name] = TensorInfo(info.name, info.shape, info.kind, start, info.nbytes)
     ordered = sorted(placed.values(), key=lambda info: info.start)
@@ -238,7 +238,7 @@ class _Cursor:
 
     def __init__(self, path: Path, file: Bytes, at: int) -> None:
         self.path, self.at, self.size = path, at, len(file)
-        self._view = memoryview(file)
+        self._view = file.data
         self._items = 0
 
     def damaged(self, what: str, at: int) -> CheckpointError:
@@ -246,7 +246,7 @@ class _Cursor:
 
     def count(self, what: str, least: int) -> int:
         """A number of things of which each takes at least ``least`` bytes."""
-        count = self.number("Q", f"number of {what}")
+        count: int = self.number("Q", f"number of {what}")
         if count * least > self.size - self.at:
             raise self.damaged(f"it claims {count} {what}, more than its {self.size} bytes hold", self.at - 8)
         return count

@@ -129,7 +129,8 @@ def _heads(name: str, architecture: str, config: Any) -> int:
     if architecture != "llama" or not name.startswith("blk."):
         return 0
     part = name.split(".")[2]
-    return {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(part, 0)
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    return int(heads.get(part, 0))
 
 
 def _reason(header: Header, info: TensorInfo, is_layer: bool) -> str:

@@ -11,8 +11,6 @@ import hashlib
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-
 from qat_plugin.errors import CheckpointError
 from qat_plugin.exporting.gguf.header import Bytes, Header, read_header
 
@@ -83,9 +81,9 @@ def _check_unnamed(header: Header) -> None:
 
 def _header_digest(header: Header) -> str:
     start, stop = header.spans[SEAL]
-    digest = hashlib.sha256(header.file[:start])
+    digest = hashlib.sha256(header.file[:start].data)
     digest.update(BLANK.encode())
-    digest.update(header.file[stop : header.data_start])
+    digest.update(header.file[stop : header.data_start].data)
     return digest.hexdigest()
 
 
@@ -93,5 +91,5 @@ def _data_digest(header: Header) -> str:
     digest = hashlib.sha256()
     data: Bytes = header.file[header.data_start :]
     for at in range(0, len(data), _CHUNK):
-        digest.update(np.ascontiguousarray(data[at : at + _CHUNK]))
+        digest.update(data[at : at + _CHUNK].data)
     return digest.hexdigest()

@@ -107,6 +107,13 @@ def add(writer: gguf.GGUFWriter, name: str, values: np.ndarray[Any, Any], kind: 
         writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
 
 
+def put(path: Path, place: int, byte: int) -> None:
+    """Change one byte of a file."""
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(bytes([byte]))
+
+
 @torch.no_grad()
 def by_transformers(path: Path) -> Tensor:
     """Logits of transformers' own reading of a file: everything dequantized."""

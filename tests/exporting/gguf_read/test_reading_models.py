@@ -57,7 +57,7 @@ def test_grids_that_are_not_ours_become_float_numbers_and_are_told(tmp_path: Pat
         return Kind.Q5_0 if "ffn_down" in name else Kind.Q4_1 if "ffn_up" in name else Kind.Q4_0
 
     path = write(llama(), tmp_path / "m.gguf", kind)
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning, match="read as float numbers") as told:
         model = loaded(path)
     lines = [str(one.message) for one in told if "read as float numbers" in str(one.message)]
     assert len(lines) == 2
@@ -126,7 +126,7 @@ def test_it_can_be_measured(tmp_path: Path) -> None:
     from qat_plugin.measure import evaluate_lm
 
     model = loaded(write(llama(), tmp_path / "m.gguf", Kind.Q4_0))
-    quality = evaluate_lm(model, [IDS])
+    quality = evaluate_lm(model, [{"input_ids": IDS, "labels": IDS}])
     wanted = model(input_ids=IDS, labels=IDS).loss.exp()
     assert quality.perplexity == pytest.approx(float(wanted), rel=1e-4)
 
