@@ -6,6 +6,7 @@ numbers, and is told. A file that carries checksums is held against them first.
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -52,22 +53,36 @@ def _tell(path: Path, tensors: Tensors) -> None:
     for name, reason in tensors.notes.items():
         reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
-        warnings.warn(
-            f"{path.name}: read as float numbers: {len(names)} tensors ({some(names)}): {reason}", stacklevel=4
-        )
+        count = f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
+        warnings.warn(f"{path.name}: read as float numbers: {count} ({some(names)}): {reason}", stacklevel=4)
 
 
 def _tokenizer(header: Header) -> Any:
-    """The file's tokenizer, by transformers' own reading of it."""
+    """The file's tokenizer, by transformers' own reading of it; one that cannot be built is told."""
     if "tokenizer.ggml.tokens" not in header.metadata:
         return None
     with quiet_transformers(), known_noise_dropped():
         from transformers import PreTrainedTokenizerFast
 
         try:
-            return PreTrainedTokenizerFast.from_pretrained(
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(
                 header.path.parent, gguf_file=header.path.name, local_files_only=True
             )
         except Exception as error:  # of any kind: the tokenizers library raises its own
             warnings.warn(f"{header.path.name}: its tokenizer cannot be built ({first_line(error)})", stacklevel=4)
             return None
+    rows = header.tensors["token_embd.weight"].shape[0]
+    if any(number >= rows for number in tokenizer.get_vocab().values()):
+        _drop_tokens(tokenizer, rows)
+    return tokenizer
+
+
+def _drop_tokens(tokenizer: Any, rows: int) -> None:
+    """Take out tokens that the file does not have: classes of transformers add their own (``<|endoftext|>``)."""
+    from tokenizers import Tokenizer
+
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    described["added_tokens"] = [token for token in described["added_tokens"] if token["id"] < rows]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(described))
+    if added := [token for token, number in tokenizer.get_vocab().items() if number >= rows]:
+        warnings.warn(f"its tokenizer has tokens that the model has no rows for: {some(sorted(added))}", stacklevel=5)

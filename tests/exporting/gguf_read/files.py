@@ -53,12 +53,14 @@ def write(
     *,
     architecture: str = "llama",
     sealed: bool = False,
+    tokens: bool = False,
     more: Callable[[gguf.GGUFWriter], None] | None = None,
 ) -> Path:
     """A file of a model.
 
     Args:
         kind: the type of matrices, one for all or by the tensor's name; norms and biases are F32.
+        tokens: write a list of them, without a tokenizer's kind.
         more: adds metadata.
     """
     config = model.config
@@ -70,9 +72,11 @@ def write(
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
     if architecture != "llama":
         writer.add_key_length(config.head_dim if hasattr(config, "head_dim") else 16)
-    writer.add_token_list([f"<{i}>" for i in range(config.vocab_size)])
+    if tokens:  # a list of text, for the header's tests; no tokenizer
+        writer.add_token_list([f"<{i}>" for i in range(config.vocab_size)])
     if sealed:
         writer.add_string(SEAL, BLANK)
         writer.add_string(DATA_SEAL, BLANK)

@@ -1,4 +1,4 @@
-"""A header says what is wrong with it and where; it never crashes, hangs or takes memory that the file does not have."""
+"""A header says what is wrong with it, and where; it never hangs, or takes memory that the file does not have."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer.add_float64("x.double", 0.1)
 
     small = llama(num_hidden_layers=1, vocab_size=16)
-    return write(small, tmp_path_factory.mktemp("gguf") / "m.gguf", Kind.Q4_0, more=kinds)
+    return write(small, tmp_path_factory.mktemp("gguf") / "m.gguf", Kind.Q4_0, tokens=True, more=kinds)
 
 
 def string(text: bytes) -> bytes:
