@@ -198,7 +198,8 @@ def kernels() -> tuple[Kernel, ...]:
     return tuple(_KERNELS.values())
 
 
-def _scales_refused(kernel: Kernel, spec: LayerSpec) -> str | None:
+def scales_refused(kernel: Kernel, spec: LayerSpec) -> str | None:
+    """Why a kernel cannot take a weight's scales as they are; ``None`` when it can."""
     if spec.scale_dtype in kernel.scale_dtypes:
         return None
     held = " and ".join(str(dtype).removeprefix("torch.") for dtype in kernel.scale_dtypes)
@@ -213,7 +214,7 @@ def choose(spec: LayerSpec) -> Choice:
     for kernel in _KERNELS.values():
         if not kernel.takes(spec.usage) or not kernel.serves(spec.scheme, spec.device):
             continue
-        reason = _scales_refused(kernel, spec) or kernel.refusal(spec)
+        reason = scales_refused(kernel, spec) or kernel.refusal(spec)
         if reason is None:
             note = kernel.note(spec)
             return Choice(kernel.name, f"{note} ({'; '.join(missed)})" if note and missed else note)

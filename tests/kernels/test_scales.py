@@ -16,6 +16,7 @@ from qat_plugin import Scheme, load_converted, native, save_converted
 from qat_plugin.conversion import Proof
 from qat_plugin.conversion.convert import Conversion
 from qat_plugin.conversion.files import install_converted
+from qat_plugin.errors import ConversionError
 from qat_plugin.kernels import LayerSpec, choose
 from qat_plugin.kernels.scales import scale_dtype
 from qat_plugin.kernels.weight import QuantizedWeight
@@ -88,6 +89,8 @@ def test_a_kernel_that_would_round_them_says_so() -> None:
     choice = choose(spec)
     assert choice.kernel == "dequantize"
     assert "tinygemm-int4 takes scales in bfloat16, which does not hold this weight's exactly" in choice.note
+    with pytest.raises(ConversionError, match="aten-int4 takes scales in bfloat16"):
+        QuantizedWeight.from_integers(layer("w4a16-g32", torch.float16, 64), torch.bfloat16, kernel="aten-int4")
 
 
 @pytest.mark.parametrize("held", [torch.bfloat16, torch.float16, torch.float32], ids=str)
