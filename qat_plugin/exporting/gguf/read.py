@@ -7,6 +7,7 @@ numbers, and is told. A file that carries checksums is held against them first.
 from __future__ import annotations
 
 import json
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -65,12 +66,15 @@ def _tokenizer(header: Header) -> Any:
         from transformers import PreTrainedTokenizerFast
 
         try:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(
-                header.path.parent, gguf_file=header.path.name, local_files_only=True
-            )
+            with tempfile.TemporaryDirectory() as folder:  # beside the file may lie another model's tokenizer.json
+                (Path(folder) / "model.gguf").symlink_to(header.path.absolute())
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(
+                    folder, gguf_file="model.gguf", local_files_only=True
+                )
         except Exception as error:  # of any kind: the tokenizers library raises its own
             warnings.warn(f"{header.path.name}: its tokenizer cannot be built ({first_line(error)})", stacklevel=4)
             return None
+    tokenizer.name_or_path = str(header.path)
     rows = header.tensors["token_embd.weight"].shape[0]
     if any(number >= rows for number in tokenizer.get_vocab().values()):
         _drop_tokens(tokenizer, rows)

@@ -92,6 +92,9 @@ def config_of(header: Header) -> Any:
     metadata = Metadata(header)
     if metadata.architecture not in _FAMILIES:
         raise metadata.refused(f"this architecture cannot be read; those that can: {', '.join(_FAMILIES)}")
+    parts = header.metadata.get("split.count", 1)
+    if parts not in (0, 1):
+        raise metadata.refused(f"it is one of {parts} parts of a model; join them first (llama-gguf-split --merge)")
     if metadata.has("expert_count") and metadata.value("expert_count"):
         raise metadata.refused("models of experts cannot be read")
     try:

@@ -163,11 +163,11 @@ def _float(header: Header, info: TensorInfo, heads: int, less: float) -> Callabl
     def make() -> Tensor:
         data = header.data(info.name)
         if info.kind in _FLOATS:
-            number = torch.frombuffer(bytearray(data.tobytes()), dtype=_FLOATS[info.kind]).reshape(info.shape)
+            number = torch.from_numpy(data.copy()).view(_FLOATS[info.kind]).reshape(info.shape)
         else:
             number = _dequantized(header, info)
         number = halves_apart(number, heads) if heads else number
-        return number - less if less else number
+        return number.float() - less if less else number
 
     return make
 

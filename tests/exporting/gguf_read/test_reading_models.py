@@ -16,7 +16,7 @@ from qat_plugin.errors import CheckpointError
 from qat_plugin.exporting.contents import Exportable
 from qat_plugin.exporting.gguf.header import read_header
 from qat_plugin.exporting.verification import relative_difference
-from tests.exporting.gguf_read.files import IDS, SIZES, by_transformers, llama, logits, model_of, write
+from tests.exporting.gguf_read.files import IDS, SIZES, by_transformers, llama, logits, model_of, put, write
 
 EXACT = 2e-6  # float32 sums in another order
 
@@ -64,6 +64,31 @@ def test_grids_that_are_not_ours_become_float_numbers_and_are_told(tmp_path: Pat
     assert any("2 tensors (blk.0.ffn_down.weight, blk.1.ffn_down.weight): Q5_0 is no grid" in line for line in lines)
     assert any("Q4_1 with minima that are no integer zero point" in line for line in lines)
     assert relative_difference(logits(model), by_transformers(path)) < EXACT
+
+
+def test_k_quants_become_the_numbers_that_they_stand_for(tmp_path: Path) -> None:
+    """Of random bytes, but for the scale at each block's end: the gguf package writes none."""
+    model = llama(hidden_size=256, num_hidden_layers=1, tie_word_embeddings=True)
+    blocks = np.random.default_rng(0).integers(0, 256, (128, 210), dtype=np.uint8)
+    blocks[:, 208:] = np.array([1e-5], "<f2").view(np.uint8)
+    state = model.state_dict()
+    model.state_dict = lambda: {name: state[name] for name in state if "embed_tokens" not in name}
+
+    def more(writer: gguf.GGUFWriter) -> None:
+        writer.add_tensor("token_embd.weight", blocks, raw_dtype=Kind.Q6_K)
+
+    path = write(model, tmp_path / "m.gguf", Kind.Q4_0, more=more)
+    with pytest.warns(UserWarning, match=r"read as float numbers: 1 tensor \(token_embd.weight\): Q6_K is no grid"):
+        read = loaded(path)
+    assert relative_difference(logits(read), by_transformers(path)) < EXACT
+
+
+def test_an_integer_outside_our_grid_makes_its_tensor_float(tmp_path: Path) -> None:
+    path = write(llama(), tmp_path / "m.gguf", Kind.Q8_0)
+    put(path, read_header(path).tensors["blk.1.ffn_up.weight"].start + 34 * 7 + 2, 0x80)
+    with pytest.warns(UserWarning, match=r"1 tensor \(blk.1.ffn_up.weight\): Q8_0 with integers of -128"):
+        read = loaded(path)
+    assert relative_difference(logits(read), by_transformers(path)) < EXACT
 
 
 def test_q4_1_with_zero_points_keeps_its_integers(tmp_path: Path) -> None:
@@ -222,6 +247,7 @@ def test_llama_3s_frequencies_are_found_again(tmp_path: Path) -> None:
     ("more", "message"),
     [
         (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), "scaled by 'yarn', which cannot be read"),
+        (lambda w: w.add_uint16("split.count", 3), "it is one of 3 parts of a model; join them first"),
         (lambda w: w.add_expert_count(8), "models of experts cannot be read"),
         (lambda w: w.add_rope_dimension_count(8), "a part of each head is rotated"),
         (lambda w: w.add_eos_token_id(128), "eos_token_id is 128, no row of the embedding"),

@@ -57,6 +57,15 @@ def test_byte_level_pairs_split_text_as_before(tmp_path: Path) -> None:
     assert found.eos_token == "<|end|>" and model.generation_config.eos_token_id == 0
 
 
+def test_another_tokenizer_beside_the_file_is_not_taken_for_its_own(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    ours = byte_level()
+    Tokenizer(models.WordLevel({"The": 0, "[UNK]": 1}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    path = written(tmp_path / "m.gguf", lambda w: described(w, ours), vocab_size=ours.get_vocab_size())
+    assert qat_plugin.load(path)[1](TEXT).input_ids == ours.encode(TEXT).ids
+
+
 def test_a_kind_of_tokenizer_that_is_unknown_is_told(tmp_path: Path) -> None:
     path = written(tmp_path / "m.gguf", lambda w: (w.add_tokenizer_model("rwkv"), w.add_token_list(["a"] * 128)))
     with pytest.warns(UserWarning, match="its tokenizer cannot be built .*'rwkv'"):
