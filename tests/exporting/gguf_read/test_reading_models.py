@@ -302,3 +302,17 @@ def test_scales_that_are_no_numbers_are_damage(tmp_path: Path) -> None:
         file.write(b"\x00\x7c")
     with pytest.raises(CheckpointError, match=r"blk.1.ffn_up.weight is damaged: block 5 has a scale"):
         loaded(path)
+
+
+def test_the_plan_names_the_kernels_that_run(tmp_path: Path) -> None:
+    from qat_plugin import native
+
+    path = write(llama(vocab_size=64), tmp_path / "m.gguf", Kind.Q4_0)
+    with native.native_disabled():
+        model = loaded(path, dtype=torch.bfloat16)
+    entry = Exportable(model, ()).plan["model.layers.0.self_attn.q_proj"]
+    assert entry.kernel == model.model.layers[0].self_attn.q_proj.weight.kernel_name == "dequantize"
+    assert "aten-int4 takes scales in bfloat16, which does not hold this weight's exactly" in entry.note
+    assert entry.bytes_after == 64 * 32 + 2 * 64 * 2
+    wanted = logits(loaded(path, dtype=torch.bfloat16))
+    assert relative_difference(logits(model), wanted) < 2e-2
