@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qat_plugin.exporting.gguf.header import Bytes
+from qat_plugin.exporting.gguf.read_cursor import Bytes
 from qat_plugin.numerics import Quantized
 from qat_plugin.scheme import Scheme
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Final
 
 from qat_plugin.errors import CheckpointError
-from qat_plugin.exporting.gguf.header import Bytes, Header, read_header
+from qat_plugin.exporting.gguf.header import Header, read_header
+from qat_plugin.exporting.gguf.read_cursor import Bytes
 
 SEAL: Final = "qat_plugin.sha256"
 DATA_SEAL: Final = "qat_plugin.data_sha256"
