@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from qat_plugin.errors import CheckpointError
 from qat_plugin.exporting.gguf.header import Header
-from qat_plugin.exporting.gguf.read_rope import rope_parameters
+from qat_plugin.exporting.gguf.read_rope import rope_parameters, shortest
 
 _TOKENS: Final = {
     "bos_token_id": "tokenizer.ggml.bos_token_id",
@@ -73,13 +73,6 @@ class Metadata:
         if info is None or not info.shape:
             raise self.refused(f"it has no tensor {tensor}")
         return info.shape[0]
-
-
-def shortest(value: float) -> float:
-    """The shortest decimal whose float32 this is: 1e-5 is stored as 9.99999974e-06."""
-    import numpy as np
-
-    return float(str(np.float32(value))) if math.isfinite(value) else value
 
 
 def config_of(header: Header) -> Any:
@@ -208,6 +201,8 @@ def _attention_scale(metadata: Metadata, shared: dict[str, Any]) -> int:
 def _gemma2(metadata: Metadata, shared: dict[str, Any]) -> Any:
     from transformers import Gemma2Config
 
+    if metadata.whole("attention.sliding_window_pattern", 2) != 2:
+        raise metadata.refused("its pattern of sliding windows is not Gemma 2's")
     return Gemma2Config(
         **shared,
         rope_parameters=rope_parameters(metadata, shared["head_dim"], 10000.0),

@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     from qat_plugin.exporting.gguf.read_config import Metadata
 
 FACTORS: Final = "rope_freqs.weight"
-_LLAMA3: Final = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+# What a model was stretched from: Llama 3's own first.
+_ORIGINALS: Final = (8192, *(1 << exponent for exponent in range(5, 21) if exponent != 13))
+_YARN_ELSEWHERE: Final = tuple(
+    f"rope.scaling.yarn_{name}" for name in ("log_multiplier", "ext_factor", "attn_factor", "beta_fast", "beta_slow")
+)
+
+
+def shortest(value: float) -> float:
+    """The shortest decimal whose float32 this is: 1e-5 is stored as 9.99999974e-06."""
+    return float(str(np.float32(value))) if math.isfinite(value) else value
 
 
 def rope_parameters(metadata: Metadata, width: int, default_theta: float) -> dict[str, Any]:
@@ -36,6 +45,8 @@ def rope_parameters(metadata: Metadata, width: int, default_theta: float) -> dic
         return _llama3(metadata, width, theta)
     if kind == "linear" and (factor := metadata.number("rope.scaling.factor")) != 1:
         return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
+    if kind == "yarn":
+        return _yarn(metadata, theta)
     if kind not in (None, "none", "linear"):
         raise metadata.refused(f"its positions are scaled by {kind!r}, which cannot be read exactly")
     return {"rope_type": "default", "rope_theta": theta}
@@ -55,15 +66,36 @@ def llama3_divisors(
     return np.where(waves < original / high, 1.0, np.where(waves > original / low, factor, between))
 
 
+def _yarn(metadata: Metadata, theta: float) -> dict[str, Any]:
+    """YaRN (arXiv:2309.00071) as llama.cpp and transformers both compute it."""
+    factor = metadata.number("rope.scaling.factor")
+    if unknown := [name for name in _YARN_ELSEWHERE if metadata.has(name)]:
+        raise metadata.refused(f"its YaRN has {', '.join(unknown)}, which cannot be read")
+    found = {
+        "rope_type": "yarn",
+        "rope_theta": theta,
+        "factor": factor,
+        "original_max_position_embeddings": metadata.whole(
+            "rope.scaling.original_context_length", metadata.whole("context_length")
+        ),
+    }
+    if metadata.has("rope.scaling.attn_factor"):  # on top of what llama.cpp multiplies by itself
+        plain = 0.1 * math.log(factor) + 1.0
+        found["attention_factor"] = shortest(float(metadata.value("rope.scaling.attn_factor")) * plain)
+    return found
+
+
 def _llama3(metadata: Metadata, width: int, theta: float) -> dict[str, Any]:
     info = metadata.header.tensors[FACTORS]
     if info.kind != "F32" or info.shape != (width // 2,):
         raise metadata.refused(f"{FACTORS} is {info.kind} {info.shape}, not F32 {(width // 2,)}")
     divisors = metadata.header.data(FACTORS).view(np.float32).astype(np.float64)
     factor = float(divisors.max())
-    low, high, original = _LLAMA3.values()
-    if not 1 <= factor < math.inf or not np.allclose(
-        llama3_divisors(width, theta, factor, low, high, int(original)), divisors, rtol=1e-4, atol=0
-    ):
-        raise metadata.refused(f"{FACTORS} is not what Llama 3's frequencies are divided by, and cannot be read")
-    return {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **_LLAMA3}
+    if math.isclose(round(factor, 2), factor, rel_tol=1e-6):  # a quotient of float32 numbers, it may be
+        factor = round(factor, 2)
+    for original in _ORIGINALS if 1 <= factor < math.inf else ():
+        parameters = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        if np.allclose(llama3_divisors(width, theta, factor, 1.0, 4.0, original), divisors, rtol=1e-5, atol=0):
+            parameters["original_max_position_embeddings"] = original
+            return {"rope_type": "llama3", "rope_theta": theta, **parameters}
+    raise metadata.refused(f"{FACTORS} is not what Llama 3's frequencies are divided by, and cannot be read")

@@ -220,10 +220,27 @@ def test_mistrals_window_is_kept(tmp_path: Path) -> None:
     assert relative_difference(logits(read), logits(model)) < EXACT
 
 
-def test_llama_3s_frequencies_are_found_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("attention_factor", [None, 1.3])
+def test_yarn_is_read_as_transformers_computes_it(attention_factor: float | None, tmp_path: Path) -> None:
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+    model = llama(rope_parameters=rope if attention_factor is None else {**rope, "attention_factor": attention_factor})
+
+    def more(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(16)
+        if attention_factor is not None:  # beside 0.1 ln 4 + 1, which llama.cpp multiplies by
+            writer.add_rope_scaling_attn_factors(attention_factor / (0.1 * np.log(4.0) + 1))
+
+    read = loaded(write(model, tmp_path / "m.gguf", more=more))
+    assert relative_difference(logits(read), logits(model)) < EXACT
+
+
+@pytest.mark.parametrize("original", [8192, 64])
+def test_llama_3s_frequencies_are_found_again(original: int, tmp_path: Path) -> None:
     rope = {
         "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": original,
     }  # fmt: skip
     model = llama(rope_parameters=rope, head_dim=32)
     plain = model.config.rope_parameters["rope_theta"] ** (-torch.arange(0, 32, 2).double() / 32)
@@ -246,7 +263,10 @@ def test_llama_3s_frequencies_are_found_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), "scaled by 'yarn', which cannot be read"),
+        (
+            lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE),
+            "scaled by 'longrope', which cannot be read",
+        ),
         (lambda w: w.add_uint16("split.count", 3), "it is one of 3 parts of a model; join them first"),
         (lambda w: w.add_expert_count(8), "models of experts cannot be read"),
         (lambda w: w.add_rope_dimension_count(8), "a part of each head is rotated"),
