@@ -26,6 +26,7 @@ from qat_plugin.conversion.layer import (
 from qat_plugin.conversion.proof import Proof
 from qat_plugin.errors import ConversionError, did_you_mean
 from qat_plugin.kernels import LayerSpec, choose, kernel_named
+from qat_plugin.kernels.scales import scale_dtype
 from qat_plugin.kernels.weight import QuantizedWeight, is_converted_weight
 from qat_plugin.policy import Plan, PolicyLike, plan_for
 from qat_plugin.qat import (
@@ -135,7 +136,7 @@ def convert(
     if dtype is not None:
         cast_parameters(model, dtype, casts)
         _cast_buffers(model, dtype)
-    model._qat_conversion = Conversion(_with_kernels(agreed, layers), proof)  # type: ignore[assignment]
+    model._qat_conversion = Conversion(with_kernels(agreed, layers), proof)  # type: ignore[assignment]
     return model
 
 
@@ -264,18 +265,23 @@ def _cast_buffers(model: nn.Module, dtype: torch.dtype) -> None:
                 module._buffers[name] = buffer.to(dtype)
 
 
-def _with_kernels(plan: Plan, layers: Mapping[str, nn.Module]) -> Plan:
-    """The plan with the kernels that run now."""
+def with_kernels(plan: Plan, layers: Mapping[str, nn.Module]) -> Plan:
+    """The plan with the kernels that run now.
+
+    Args:
+        plan: that the layers were converted by.
+        layers: name in the plan -> module.
+    """
     entries = []
     for entry in plan:
-        weight = layers[entry.name]._parameters["weight"] if entry.name in layers else None
+        weight = layers[entry.name]._parameters.get("weight") if entry.name in layers else None
         if isinstance(weight, QuantizedWeight) and entry.scheme is not None:
             spec = LayerSpec(
                 *(entry.scheme, weight.out_features, weight.in_features, weight.device, weight.dtype),
-                *(weight.usage, weight.conv),
+                *(weight.usage, weight.conv, scale_dtype(weight.scale.float())),
             )
             kernel, leader = kernel_named(weight.kernel_name), layers.get(entry.tied_to or "")
-            shared = leader is not None and leader._parameters["weight"] is weight
+            shared = leader is not None and leader._parameters.get("weight") is weight
             scaled = 0 if weight.input_scale is None else weight.input_scale.nbytes
             size = 0 if shared else kernel.nbytes(spec) + scaled
             entry = replace(entry, kernel=kernel.name, note=choose(spec).note, bytes_after=size)

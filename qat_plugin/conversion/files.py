@@ -1,8 +1,9 @@
 """Converted models on disk: one safetensors file, no pickle, read back to the same integers.
 
-An integer weight ``X`` is stored as ``X.q`` (rows packed to their bits), ``X.scale`` (bf16, exact), and where it has
-them ``X.zero_point`` (uint8), ``X.activation_scale`` (float32) and ``X.input_scale`` (float32, one per input feature:
-inputs are divided by it, the integers are of the weight times it): portable rows, whatever layout the kernel here uses.
+An integer weight ``X`` is stored as ``X.q`` (rows packed to their bits), ``X.scale`` (exact: bf16, or fp16 or float32
+where scales of files made elsewhere need it), and where it has them ``X.zero_point`` (uint8), ``X.activation_scale``
+(float32) and ``X.input_scale`` (float32, one per input feature: inputs are divided by it, the integers are of the
+weight times it): portable rows, whatever layout the kernel here uses.
 The header's one entry, ``qat_plugin``, is the SHA-256 (64 hexadecimal digits) of the JSON that follows it: the scheme,
 shape, type, orientation and use of each, which names are tied, which norms folded, the plan, the proof, and a SHA-256
 of the tensors. One entry, because safetensors writes several in a random order: the same model gives the same bytes.
@@ -30,7 +31,7 @@ from qat_plugin.conversion.reload import requantize_on_load
 from qat_plugin.errors import CheckpointError, ConversionError, did_you_mean
 from qat_plugin.kernels import ConvShape
 from qat_plugin.kernels.packing import pack, packed_columns, unpack
-from qat_plugin.kernels.portable import SCALE_DTYPE
+from qat_plugin.kernels.scales import scale_dtype
 from qat_plugin.kernels.weight import CastWeight, QuantizedWeight, is_converted_weight
 from qat_plugin.numerics import Quantized
 from qat_plugin.policy import Plan
@@ -134,7 +135,7 @@ def _parts(weight: QuantizedWeight) -> dict[str, Tensor]:
     integers = weight.integers()
     parts = {
         "q": pack(integers.q, integers.scheme.weight_bits),
-        "scale": integers.scale.to(SCALE_DTYPE),
+        "scale": integers.scale.to(scale_dtype(integers.scale)),
         "zero_point": integers.zero_point,
         "activation_scale": weight.activation_scale,
         "input_scale": weight.input_scale,

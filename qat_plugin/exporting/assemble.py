@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_plugin.conversion import Proof
-from qat_plugin.conversion.convert import Conversion
+from qat_plugin.conversion.convert import Conversion, with_kernels
 from qat_plugin.conversion.files import install_converted
 from qat_plugin.errors import CheckpointError
 from qat_plugin.kernels.weight import CastWeight, QuantizedWeight
@@ -83,7 +83,10 @@ def assemble(
         network.load_state_dict({**weights, **{n: weights[t] for n, t in ties.items()}}, assign=True)
         return network.eval()
     plan = Policy({**schemes}).plan(network, device="cpu", dtype=dtype)
-    return install_converted(network, weights, ties, Conversion(plan, Proof(())), origin).eval()
+    made = install_converted(network, weights, ties, Conversion(plan, Proof(())), origin).eval()
+    plan = with_kernels(plan, dict(made.named_modules()))  # scales made elsewhere can make kernels others
+    made._qat_conversion = Conversion(plan, Proof(()))  # type: ignore[assignment]
+    return made
 
 
 _FLOATS = {torch.float16: "fp16", torch.bfloat16: "bf16"}

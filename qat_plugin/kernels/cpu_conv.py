@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from qat_plugin.kernels.scales import ANY_SCALES
 from qat_plugin.kernels.table import ConvCall, ConvShape, Kernel, LayerSpec, Packed
 from qat_plugin.native import available
 from qat_plugin.numerics import Quantized, quantize_activation
@@ -88,6 +89,7 @@ class OneDnnConv(Kernel):
     """w8a8-static convolutions in one and two dimensions, with groups, strides and dilation."""
 
     name = "onednn-conv"
+    scale_dtypes = ANY_SCALES
     convolves, multiplies = True, False
 
     def serves(self, scheme: Scheme, device: torch.device) -> bool:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qat_plugin.kernels.scales import ANY_SCALES
 from qat_plugin.kernels.table import Kernel, LayerSpec, Packed
 from qat_plugin.numerics import Quantized, activation_scale, quantize_activation
 from qat_plugin.scheme import Scheme
@@ -60,6 +61,7 @@ class OneDnnInt8(Kernel):
     """w8a8: per-token (or calibrated) uint8 activations with zero point 128, weights prepacked once."""
 
     name = "onednn-int8"
+    scale_dtypes = ANY_SCALES
 
     def serves(self, scheme: Scheme, device: torch.device) -> bool:
         """INT8 weights by INT8 activations on CPUs."""

@@ -32,6 +32,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _NativeCpu(Kernel):
+    scale_dtypes = (torch.bfloat16, torch.float16)
     bits: int
 
     @property
@@ -71,7 +72,7 @@ class _NativeCpu(Kernel):
         return "slower than bf16 at this small size, for few rows" if small else ""
 
     def pack(self, quantized: Quantized, spec: LayerSpec) -> Packed:
-        """Unsigned integers in blocks, padded with zero weights; scales bf16 [blocks, groups, 64] (exact)."""
+        """Unsigned integers in blocks, padded with zero weights; scales [blocks, groups, 64] (exact)."""
         rows, columns = spec.out_features, spec.in_features
         blocks, steps = -(-rows // _BLOCK), -(-columns // _STEP)
         if (rows, columns) == (blocks * _BLOCK, steps * _STEP):
@@ -84,7 +85,7 @@ class _NativeCpu(Kernel):
         else:
             eights = u.view(blocks, _BLOCK, steps, _STEP).transpose(1, 2)
             data = eights[..., _HIGH].bitwise_left_shift_(4).bitwise_or_(eights[..., _LOW]).contiguous()
-        scale = quantized.scale.to(torch.bfloat16)
+        scale = quantized.scale.to(spec.scale_dtype)
         padded = scale.new_zeros(blocks * _BLOCK, scale.shape[1])
         padded[:rows] = scale  # a scale per tensor is a scale per channel here
         return Packed(data, padded.view(blocks, _BLOCK, -1).transpose(1, 2).contiguous())

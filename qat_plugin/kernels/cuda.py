@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qat_plugin.kernels.scales import ANY_SCALES
 from qat_plugin.kernels.table import Kernel, LayerSpec, Packed
 from qat_plugin.numerics import Quantized, quantize_activation
 from qat_plugin.scheme import Scheme
@@ -33,6 +34,7 @@ class CudaInt8(Kernel):
     """w8a8: per-token (or calibrated) INT8 activations, exact integer product."""
 
     name = "cublas-int8"
+    scale_dtypes = ANY_SCALES
 
     def serves(self, scheme: Scheme, device: torch.device) -> bool:
         """INT8 weights by INT8 activations on CUDA."""

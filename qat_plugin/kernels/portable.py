@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qat_plugin.kernels.packing import pack, packed_columns, unpack
+from qat_plugin.kernels.scales import ANY_SCALES
 from qat_plugin.kernels.table import ConvCall, Kernel, LayerSpec, Packed
 from qat_plugin.numerics import Quantized, dequantize, fake_quantize_activation
 from qat_plugin.scheme import Scheme
@@ -21,13 +22,11 @@ if TYPE_CHECKING:
     from qat_plugin.kernels.weight import QuantizedWeight
 
 
-SCALE_DTYPE = torch.bfloat16  # every scale is exact in it
-
-
 class Portable(Kernel):
     """Packed rows, dequantized for each product (or, for an embedding, row by row)."""
 
     name = "dequantize"
+    scale_dtypes = ANY_SCALES
     convolves = True
 
     def serves(self, scheme: Scheme, device: torch.device) -> bool:
@@ -35,9 +34,9 @@ class Portable(Kernel):
         return scheme.is_integer
 
     def nbytes(self, spec: LayerSpec) -> int:
-        """Packed rows, two bytes a scale, one a zero point."""
+        """Packed rows, two bytes a scale (four, of float32 ones), one a zero point."""
         rows = spec.out_features * packed_columns(spec.in_features, spec.scheme.weight_bits)
-        return rows + spec.scales * (2 if spec.scheme.symmetric else 3)
+        return rows + spec.scales * (spec.scale_dtype.itemsize + (0 if spec.scheme.symmetric else 1))
 
     def note(self, spec: LayerSpec) -> str:
         """It is slower than a float layer, unless it only looks rows up."""
@@ -48,10 +47,10 @@ class Portable(Kernel):
         return "saves memory, slower than bf16"
 
     def pack(self, quantized: Quantized, spec: LayerSpec) -> Packed:
-        """Rows of packed integers, scales as bf16 (exact)."""
+        """Rows of packed integers, scales in the type that holds them exactly."""
         return Packed(
             pack(quantized.q, quantized.scheme.weight_bits),
-            quantized.scale.to(SCALE_DTYPE),
+            quantized.scale.to(spec.scale_dtype),
             quantized.zero_point,
         )
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qat_plugin.errors import ConversionError
+from qat_plugin.kernels.scales import SCALE_DTYPE
 from qat_plugin.numerics import Quantized
 from qat_plugin.scheme import Scheme
 
@@ -54,7 +55,8 @@ class ConvCall:
 class LayerSpec:
     """What a kernel must know of a layer: [out_features, in_features] of its weight and where and how it runs.
 
-    The rows of a convolution's weight are its output channels; ``conv`` says the rest.
+    The rows of a convolution's weight are its output channels; ``conv`` says the rest. ``scale_dtype`` is the type that
+    holds its scales exactly (:func:`~qat_plugin.kernels.scales.scale_dtype`).
     """
 
     scheme: Scheme
@@ -64,6 +66,7 @@ class LayerSpec:
     dtype: torch.dtype
     usage: Usage = "linear"
     conv: ConvShape | None = None
+    scale_dtype: torch.dtype = SCALE_DTYPE
 
     @property
     def scales(self) -> int:
@@ -83,9 +86,13 @@ class Packed:
 
 
 class Kernel(ABC):
-    """One way to run quantized layers."""
+    """One way to run quantized layers.
+
+    ``scale_dtypes`` are the types of scales that it computes with exactly.
+    """
 
     name: ClassVar[str]
+    scale_dtypes: ClassVar[tuple[torch.dtype, ...]] = (SCALE_DTYPE,)
     convolves: ClassVar[bool] = False
     multiplies: ClassVar[bool] = True
 
@@ -191,6 +198,14 @@ def kernels() -> tuple[Kernel, ...]:
     return tuple(_KERNELS.values())
 
 
+def scales_refused(kernel: Kernel, spec: LayerSpec) -> str | None:
+    """Why a kernel cannot take a weight's scales as they are; ``None`` when it can."""
+    if spec.scale_dtype in kernel.scale_dtypes:
+        return None
+    held = " and ".join(str(dtype).removeprefix("torch.") for dtype in kernel.scale_dtypes)
+    return f"takes scales in {held}, which does not hold this weight's exactly"
+
+
 def choose(spec: LayerSpec) -> Choice:
     """The first kernel that runs the layer on its device; with the reasons of those that nearly would."""
     if spec.scheme.kind == "nf4":
@@ -199,7 +214,7 @@ def choose(spec: LayerSpec) -> Choice:
     for kernel in _KERNELS.values():
         if not kernel.takes(spec.usage) or not kernel.serves(spec.scheme, spec.device):
             continue
-        reason = kernel.refusal(spec)
+        reason = scales_refused(kernel, spec) or kernel.refusal(spec)
         if reason is None:
             note = kernel.note(spec)
             return Choice(kernel.name, f"{note} ({'; '.join(missed)})" if note and missed else note)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from qat_plugin.errors import ConversionError
-from qat_plugin.kernels.table import ConvShape, LayerSpec, Usage, choose, kernel_named
+from qat_plugin.kernels.scales import scale_dtype
+from qat_plugin.kernels.table import ConvShape, LayerSpec, Usage, choose, kernel_named, scales_refused
 from qat_plugin.kernels.torchao_import import import_torchao
 from qat_plugin.numerics import Quantized
 from qat_plugin.scheme import Scheme
@@ -127,14 +128,19 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
             kernel: a kernel's name, instead of the table's choice.
 
         Raises:
-            ConversionError: when no kernel runs it; each kernel's reason is in the message.
+            ConversionError: when no kernel runs it, each kernel's reason in the message; or when ``kernel`` would round
+                its scales.
         """
         rows, columns = quantized.q.shape
-        spec = LayerSpec(quantized.scheme, rows, columns, quantized.q.device, dtype, usage, conv)
+        spec = LayerSpec(
+            quantized.scheme, rows, columns, quantized.q.device, dtype, usage, conv, scale_dtype(quantized.scale)
+        )
         choice = choose(spec)
         if kernel is None and choice.refusal is not None:
             raise ConversionError(f"no kernel runs {quantized.scheme} on {spec.device}: {choice.refusal}")
         name = kernel or choice.kernel
+        if kernel is not None and (reason := scales_refused(kernel_named(kernel), spec)):
+            raise ConversionError(f"{kernel} {reason}")
         packed = kernel_named(name).pack(quantized, spec)
         shape = conv.weight if conv is not None else (columns, rows) if transposed else (rows, columns)
         return cls(

@@ -97,7 +97,7 @@ void numbers(const Weight& w, int64_t b, int64_t c, int64_t at, int64_t inputs, 
   for (int64_t i = at; i < at + inputs; ++i, out += stride) {
     const int shift = w.bits == 8 ? 8 * static_cast<int>(i % 4) : kShift4[i % 8];
     const __m512i u = _mm512_and_si512(_mm512_srl_epi32(load(words + i / per_word * 256), _mm_cvtsi32_si128(shift)), mask);
-    const __m512 scale = load_scale(w.scale + (b * w.groups + i / size) * kBlock + c);
+    const __m512 scale = load_scale(w.scale + (b * w.groups + i / size) * kBlock + c, w.half);
     _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(u, zero)), scale));
   }
 }
@@ -131,7 +131,7 @@ void block(const Job& job, int64_t b, int64_t begin, int64_t end, void* scratch)
   const int64_t planes = job.integer || job.floats ? 1 : job.planes.planes;
   uint8_t* panel = reinterpret_cast<uint8_t*>(
       (reinterpret_cast<uintptr_t>(sums + planes * count * kBlock) + 63) / 64 * 64);
-  Tile t{weights, scale, nullptr, w.padded_k, nullptr, w.groups, w.groups, size, sums, true};
+  Tile t{weights, scale, nullptr, w.padded_k, nullptr, w.groups, w.groups, size, sums, true, w.half};
   bool scaled = true;
 
   if (job.integer) {
@@ -191,7 +191,7 @@ void block(const Job& job, int64_t b, int64_t begin, int64_t end, void* scratch)
     for (int64_t c = 0; c < channels; c += 16) {
       __m512 v = _mm512_loadu_ps(sums + m * kBlock + c);
       for (int64_t p = 1; p < planes; ++p) v = _mm512_add_ps(v, _mm512_loadu_ps(sums + (p * count + m) * kBlock + c));
-      if (!scaled) v = _mm512_mul_ps(v, load_scale(scale + c));
+      if (!scaled) v = _mm512_mul_ps(v, load_scale(scale + c, w.half));
       if (job.integer) v = _mm512_mul_ps(v, _mm512_set1_ps(job.rows.scale[begin + m]));
       const __mmask16 mask = first(channels - c);
       if (job.out.bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, job.out.bias + b * kBlock + c));

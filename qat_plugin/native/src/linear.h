@@ -5,7 +5,7 @@
 //   4 bits  [N / 64][K / 8][64][4]   byte 0 = u0 | u2 << 4, 1 = u4 | u6 << 4, 2 = u1 | u3 << 4, 3 = u5 | u7 << 4, so that
 //                                    a 16-bit shift by 4 s leaves the pair (2 s, 2 s + 1) for VDPBF16PS, and the low
 //                                    and the high nibbles are (0, 4, 1, 5) and (2, 6, 3, 7) for VPDPBUSD
-// Scales are bf16 [N / 64][groups][64]; channels and inputs that only fill a block up have weight zero.
+// Scales are bf16 or fp16 [N / 64][groups][64]; channels and inputs that only fill a block up have weight zero.
 #pragma once
 #include <cstdint>
 
@@ -16,9 +16,10 @@ enum class Float : int32_t { f32, bf16, f16 };
 
 struct Weight {
   const uint8_t* data;
-  const uint16_t* scale;  // bf16 bits
+  const uint16_t* scale;  // bits
   int64_t n, k, padded_k, group, groups;  // group divides padded_k when groups > 1
   int32_t bits, zero;                     // zero: what u stands for 0, 128 or 8
+  bool half;                              // scales are fp16, as in files made elsewhere
 };
 
 // INT8 rows: scale[m] = absmax / 127, q = round-half-even(x / scale).

@@ -32,11 +32,13 @@ const Isa& isa() {
 Weight weight_of(const Tensor& data, const Tensor& scale, int64_t n, int64_t k, int64_t bits) {
   TORCH_CHECK(bits == 4 || bits == 8, "qat_plugin: ", bits, "-bit weights");
   TORCH_CHECK(data.is_contiguous() && data.scalar_type() == at::kByte && scale.is_contiguous() &&
-                  scale.scalar_type() == at::kBFloat16 && scale.dim() == 3 && scale.size(2) == kBlock,
-              "qat_plugin: packed weight is not uint8, or its scales are not bf16 [blocks, groups, 64]");
+                  (scale.scalar_type() == at::kBFloat16 || scale.scalar_type() == at::kHalf) && scale.dim() == 3 &&
+                  scale.size(2) == kBlock,
+              "qat_plugin: packed weight is not uint8, or its scales are not bf16 or fp16 [blocks, groups, 64]");
   Weight w{};
   w.data = data.const_data_ptr<uint8_t>();
-  w.scale = reinterpret_cast<const uint16_t*>(scale.const_data_ptr<at::BFloat16>());
+  w.scale = static_cast<const uint16_t*>(scale.const_data_ptr());
+  w.half = scale.scalar_type() == at::kHalf;
   w.n = n, w.k = k, w.bits = static_cast<int32_t>(bits), w.zero = bits == 8 ? 128 : 8;
   w.padded_k = (k + 7) / 8 * 8, w.groups = scale.size(1);
   w.group = w.padded_k / w.groups;

@@ -21,6 +21,8 @@ inline int32_t stored(const Weight& w, int64_t block, int64_t channel, int64_t i
   return (bytes[byte] >> (4 * (s % 2))) & 15;
 }
 
+inline float scale_at(const Weight& w, int64_t i) { return w.half ? from_f16(w.scale[i]) : from_bf16(w.scale[i]); }
+
 inline int64_t place(const Weight& w, int64_t i) { return w.bits == 8 ? i : i / 8 * 8 + kPlace[i % 8]; }
 
 void quantize_rows(const void* x, Float type, const float* fixed, const Weight& w, const QuantizedRows& out,
@@ -78,7 +80,7 @@ void block(const Job& job, int64_t b, int64_t begin, int64_t end, void*) {
     for (int64_t c = 0; c < last; ++c) {
       float total = 0;
       for (int64_t g = 0; g < w.groups; ++g) {
-        const float scale = from_bf16(w.scale[(b * w.groups + g) * kBlock + c]);
+        const float scale = scale_at(w, (b * w.groups + g) * kBlock + c);
         if (job.integer) {
           int32_t sum = 0;
           for (int64_t i = g * size; i < (g + 1) * size; ++i)
@@ -108,7 +110,7 @@ void dequantize(const Weight& w, int64_t b, void* y, Float type) {
   const int64_t size = w.padded_k / w.groups, last = w.n - b * kBlock < kBlock ? w.n - b * kBlock : kBlock;
   for (int64_t c = 0; c < last; ++c)
     for (int64_t i = 0; i < w.k; ++i) {
-      const float scale = from_bf16(w.scale[(b * w.groups + i / size) * kBlock + c]);
+      const float scale = scale_at(w, (b * w.groups + i / size) * kBlock + c);
       store(y, type, (b * kBlock + c) * w.k + i, static_cast<float>(stored(w, b, c, i) - w.zero) * scale);
     }
 }

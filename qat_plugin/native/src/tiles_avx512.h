@@ -15,7 +15,10 @@ namespace qat {
 namespace {
 
 #define UNROLL _Pragma("GCC unroll 8")
-inline __m512 load_scale(const uint16_t* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline __m512 load_scale(const uint16_t* p, bool half) {
+  const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return half ? _mm512_cvtph_ps(v) : widen(v);
+}
 
 // Products are written as instructions: GCC copies the accumulators of the intrinsics from register to register.
 
@@ -61,6 +64,7 @@ struct Tile {
   int64_t groups, all_groups, size;  // groups in the range, of the layer; inputs of a group
   float* sums;             // [rows][64]
   bool fresh;              // the range is the first one
+  bool half;               // scales are fp16, not bf16
 };
 
 template <int MR>
@@ -128,7 +132,7 @@ void grouped_tile(const Tile& t) {
       UNROLL for (int j = 0; j < 4; ++j) acc[r][j] = Product::begin(t, r, g);
     Product::template multiply<MR>(acc, w, a, t.stride, t.size);
     UNROLL for (int j = 0; j < 4; ++j) {
-      const __m512 scale = load_scale(t.scale + g * kBlock + 16 * j);
+      const __m512 scale = load_scale(t.scale + g * kBlock + 16 * j, t.half);
       UNROLL for (int r = 0; r < MR; ++r) total[r][j] = _mm512_fmadd_ps(Product::number(acc[r][j]), scale, total[r][j]);
     }
   }
@@ -144,7 +148,7 @@ void channel_tile(const Tile& t) {
   const uint8_t* w = t.weights;
   integers<MR, 8>(acc, w, static_cast<const int8_t*>(t.rows), t.stride, t.size);
   UNROLL for (int j = 0; j < 4; ++j) {
-    const __m512 scale = load_scale(t.scale + 16 * j);
+    const __m512 scale = load_scale(t.scale + 16 * j, t.half);
     UNROLL for (int r = 0; r < MR; ++r)
       _mm512_storeu_ps(t.sums + r * kBlock + 16 * j, _mm512_mul_ps(_mm512_cvtepi32_ps(acc[r][j]), scale));
   }
