@@ -1,0 +1,122 @@
+"""Our integers as torchao's tensor subclasses, nothing is rounded on the way.
+
+==============================  =========================================================================
+scheme                          torchao
+==============================  =========================================================================
+w8a16, w8a16-gN, -tensor        Int8Tensor
+w8a8, w8a8-tensor, -static      Int8Tensor with quantized activations (per token; per tensor, calibrated)
+w{8,4,3,2}a16, any groups       IntxUnpackedToInt8Tensor: a byte a weight, whatever its bits
+w{8,4,3,2}a8, any groups        IntxUnpackedToInt8Tensor with activations quantized per token
+==============================  =========================================================================
+
+Asymmetric integers are stored in two's complement: both they and their zero points are lower by 2^(bits - 1).
+``Int4Tensor`` (half a byte a weight) computes only with CUDA and its extra package; torchao's other INT4 layouts lie on
+CUDA and XPU alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat_plugin.kernels.torchao_import import known_noise_dropped
+from qat_plugin.numerics import Quantized
+from qat_plugin.scheme import Scheme
+
+def refusal_of(scheme: Scheme) -> tuple[str, str]:
+    """Why torchao has no tensor for a scheme, and the nearest spelling that it has; empty strings where it has one."""
+    if scheme.static and not (scheme.weight_bits == 8 and scheme.symmetric and scheme.group_size is None):
+        return "static activations are held with symmetric INT8 weights per channel only", "w8a8-static"
+    return "", ""
+
+
+def uses_int8_tensor(scheme: Scheme) -> bool:
+    """Whether a scheme is held by ``Int8Tensor``."""
+    if scheme.weight_bits != 8 or not scheme.symmetric:
+        return False  # its products ignore zero points
+    return scheme.group_size is None or not scheme.quantizes_activations
+
+
+def tensor_of(held: Quantized, dtype: torch.dtype, activation_scale: Tensor | None = None) -> Any:
+    """The torchao tensor that holds these integers.
+
+    Args:
+        held: [out_features, in_features]; on the meta device its layout alone.
+        dtype: the float type of the layer.
+        activation_scale: float32 scalar, of static schemes.
+    """
+    with known_noise_dropped():
+        from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor
+
+    block = [held.q.shape[axis] // held.scale.shape[axis] for axis in (0, 1)]
+    if uses_int8_tensor(held.scheme):
+        fixed = None if activation_scale is None else activation_scale.reshape(1, 1).to(torch.float32)
+        return Int8Tensor(
+            held.q, held.scale, block, dtype, act_quant_scale=fixed, act_quant_kwargs=_activations(held.scheme)
+        )
+    bits, q, zero_point = held.scheme.weight_bits, held.q, held.zero_point
+    if zero_point is None:
+        zero_point = torch.zeros_like(held.scale, dtype=torch.int8)
+    else:
+        q, zero_point = _lowered(q, bits), _lowered(zero_point, bits)
+    activation = None
+    if held.scheme.quantizes_activations:
+        from torchao.quantization.quantize_.workflows.intx import intx_unpacked_to_int8_tensor as intx
+
+        activation = intx.IntxUnpackedToInt8TensorActivationQuantization.INT8_ASYM_PER_TOKEN
+    return IntxUnpackedToInt8Tensor(
+        q, held.scale.to(dtype), zero_point, getattr(torch, f"int{bits}"), tuple(block), dtype, activation
+    )
+
+
+def _lowered(unsigned: Tensor, bits: int) -> Tensor:
+    return (unsigned.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+
+
+def raised(signed: Tensor, bits: int) -> Tensor:
+    """Two's complement integers of ``bits`` bits as the unsigned ones that asymmetric schemes here use."""
+    return (signed.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+
+
+def _activations(scheme: Scheme) -> Any:
+    from torchao.quantization import PerRow, PerTensor
+    from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
+
+    if not scheme.quantizes_activations:
+        return None
+    return QuantizeTensorToInt8Kwargs(granularity=PerTensor() if scheme.static else PerRow())
+
+
+def config_of(scheme: Scheme) -> Any:
+    """torchao's configuration of a scheme, as ``quantize_`` takes it."""
+    from torchao.quantization import (
+        Int8DynamicActivationInt8WeightConfig,
+        Int8DynamicActivationIntxWeightConfig,
+        Int8StaticActivationInt8WeightConfig,
+        Int8WeightOnlyConfig,
+        IntxWeightOnlyConfig,
+        MappingType,
+        PerAxis,
+        PerGroup,
+        PerRow,
+        PerTensor,
+    )
+
+    mapping = MappingType.SYMMETRIC if scheme.symmetric else MappingType.ASYMMETRIC
+    rows = PerTensor() if scheme.per_tensor else PerRow()
+    if uses_int8_tensor(scheme):
+        if scheme.static:
+            return Int8StaticActivationInt8WeightConfig(granularity=[PerTensor(), rows])
+        if scheme.quantizes_activations:
+            return Int8DynamicActivationInt8WeightConfig(granularity=[PerRow(), rows])
+        return Int8WeightOnlyConfig(granularity=rows if scheme.group_size is None else PerGroup(scheme.group_size))
+    bits = getattr(torch, f"int{scheme.weight_bits}")
+    axis = PerTensor() if scheme.per_tensor else PerAxis(0) if scheme.group_size is None else PerGroup(scheme.group_size)
+    if scheme.quantizes_activations:
+        return Int8DynamicActivationIntxWeightConfig(
+            weight_dtype=bits, weight_granularity=axis, weight_mapping_type=mapping
+        )
+    return IntxWeightOnlyConfig(weight_dtype=bits, granularity=axis, mapping_type=mapping)
+
