@@ -107,6 +107,13 @@ FORMATS = {
     for entry in (
         Format("converted", "this project's own files, with the model's configuration", "native"),
         Format("torchao", "a transformers directory with torchao's tensors", "torchao_checkpoint"),
+        Format(
+            "compressed-tensors",
+            "a transformers directory in compressed-tensors' format, for vLLM",
+            "compressed",
+            needs=("compressed_tensors",),
+            extra="compressed-tensors",
+        ),
     )
 }
 

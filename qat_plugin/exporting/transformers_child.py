@@ -12,7 +12,7 @@ def parts_of(model, name):  # type: ignore[no-untyped-def]
     """Plain tensors of one parameter, and the class that holds them, as the quantization's own library unpacks them."""
     module = model.get_submodule(name.rpartition(".")[0])
     scheme = getattr(module, "quantization_scheme", None)
-    if scheme is not None:
+    if scheme is not None and name.endswith(".weight"):
         return compressed(module, scheme)
     held = getattr(module, name.rpartition(".")[2])
     if not hasattr(held, "tensor_data_names"):
