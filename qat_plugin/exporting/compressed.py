@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
 from qat_plugin.errors import ConfigError, ExportError
-from qat_plugin.exporting.compressed_layout import format_of, group_of, tensors_of
+from qat_plugin.exporting.compressed_layout import PACKED, format_of, group_of, tensors_of
 from qat_plugin.exporting.contents import Exportable, Layer
 from qat_plugin.exporting.directory import (
     check_transformers,
@@ -65,8 +65,9 @@ def refusals(model: Exportable, options: Options) -> list[Refusal]:
     """What the format has no place for."""
     check_transformers(model, "compressed-tensors' format")
     found = []
+    alone = len({layer.scheme for layer in model.layers.values()}) == 1
     for layer in model.layers.values():
-        reason, nearest = _refusal(layer)
+        reason, nearest = _refusal(layer, alone)
         if reason:
             found.append(Refusal(layer.name, str(layer.scheme), reason, nearest))
     if options.fused == "refuse" and not found:
@@ -79,7 +80,7 @@ def refusals(model: Exportable, options: Options) -> list[Refusal]:
     return found
 
 
-def _refusal(layer: Layer) -> tuple[str, str]:
+def _refusal(layer: Layer, alone: bool) -> tuple[str, str]:
     weight, scheme = layer.weight, layer.scheme
     if weight.usage in ("embedding", "both"):
         return "vLLM and transformers take embeddings (and heads tied to them) as floats", "fp16"
@@ -89,8 +90,13 @@ def _refusal(layer: Layer) -> tuple[str, str]:
         return "its weight is [in, out] (transformers' Conv1D), and only nn.Linear is held", ""
     if weight.input_scale is not None:
         return "it divides its inputs by a scale of its own (AWQ or SmoothQuant), which has no place in the file", ""
-    if scheme.per_tensor and format_of(scheme) == "pack-quantized" and not scheme.symmetric:
+    if scheme.symmetric or format_of(scheme) != PACKED:
+        return "", ""
+    if scheme.per_tensor:
         return "packed zero points are per channel or per group", str(scheme).replace("-tensor", "")
+    if not alone:
+        reason = "transformers loads packed zero points only where all quantized layers have the same scheme"
+        return reason, str(replace(scheme, symmetric=True))
     return "", ""
 
 
@@ -157,7 +163,15 @@ def _configuration(model: Exportable) -> Mapping[str, Any]:
         }
     )
     dumped: dict[str, Any] = config.model_dump(mode="json")
+    if _dequantized(model):
+        dumped["dequantize"] = True
     return {"version": compressed_tensors.__version__, **dumped}
+
+
+def _dequantized(model: Exportable) -> bool:
+    """Whether transformers must dequantize while it loads: it has no place for packed zero points (0.20)."""
+    schemes = {layer.scheme for layer in model.layers.values()}
+    return any(not scheme.symmetric and format_of(scheme) == PACKED for scheme in schemes)
 
 
 def verify(model: Exportable, path: Path, options: Options) -> Verification:
@@ -194,8 +208,10 @@ def _compare(seen: Comparison, name: str, layer: Layer, kind: str, parts: dict[s
     if zero_point is not None:
         zero_point = zero_point.to(torch.int16).reshape(held.scale.shape) + lowest
     seen.quantized(name, held, parts["weight"].to(torch.int16) + lowest, scale, zero_point)
+    if "dense" in parts and not torch.equal(parts["dense"], held.dequantize(parts["dense"].dtype)):
+        raise ExportError(f"{name}: transformers' weight is not what its integers stand for")
     if layer.weight.activation_scale is not None:
-        seen.plain(name, layer.weight.activation_scale.reshape(1).float(), parts["input_scale"].float())
+        seen.plain(name, layer.weight.activation_scale.reshape(1).float(), parts["stored_input_scale"])
 
 
 def _allowed(model: Exportable) -> tuple[float, str]:
@@ -208,18 +224,28 @@ def _allowed(model: Exportable) -> tuple[float, str]:
 def _notes(model: Exportable) -> tuple[str, ...]:
     """What vLLM would not take as it is."""
     notes = []
+    if _dequantized(model):
+        notes.append(
+            "transformers holds its weights as floats (compressed-tensors has no place for packed zero points)"
+        )
+    schemes = {layer.scheme for layer in model.layers.values()}
+    if any(scheme.static for scheme in schemes) and float_dtype(model) != torch.float32:
+        notes.append(f"transformers rounds activation scales to {_name(float_dtype(model))}; the file holds float32")
     unequal = _unequal(model)
     if unequal:
         first = ", ".join(unequal[0])
         more = f" and {len(unequal) - 1} more groups" if len(unequal) > 1 else ""
         notes.append(f"vLLM fuses {first}{more}, which have different schemes here; transformers loads it")
-    schemes = {layer.scheme for layer in model.layers.values()}
     odd = sorted(str(scheme) for scheme in schemes if not _in_vllm(scheme))
     if odd:
-        notes.append(f"vLLM has no kernels for {', '.join(odd)}; transformers loads it")
+        notes.append(f"vLLM (not run here) may have no kernel for {', '.join(odd)}; transformers loads it")
     if any(re.search(r"(^|\.)lm_head$", layer.name) for layer in model.layers.values()):
-        notes.append("vLLM takes a float head only; transformers loads it")
+        notes.append("vLLM (not run here) may take a float head only; transformers loads it")
     return tuple(notes)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _in_vllm(scheme: Scheme) -> bool:

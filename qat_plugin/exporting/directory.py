@@ -89,4 +89,3 @@ def tokenizer_of(folder: Path) -> Any:
     """The directory's tokenizer, or ``None`` where it has none."""
     has = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
     return load_tokenizer(folder) if has else None
-

@@ -82,7 +82,7 @@ class Elsewhere:
                 return line.strip()
         self._process.wait()
         self._errors.seek(0)
-        told = self._errors.read().strip()[-_SHOWN:]
+        told = "\n".join(line.rstrip() for line in self._errors if "Loading weights" not in line)[-_SHOWN:]
         self.close()
         raise ExportError(f"plain transformers, without this package, cannot load {self.folder.name}:\n{told}")
 

@@ -100,7 +100,7 @@ def _part(name: str, layer: Layer) -> tuple[Part, str]:
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
     def flat(integers: Quantized) -> tuple[dict[str, Tensor], dict[str, str]]:
-        tensor = tensor_of(integers, layer.weight.logical_dtype, layer.weight.activation_scale)
+        tensor = tensor_of(integers, layer.weight.logical_dtype)
         found: tuple[dict[str, Tensor], dict[str, str]] = flatten_tensor_state_dict({name: tensor})
         return found
 
@@ -145,8 +145,6 @@ def _compare(seen: Comparison, name: str, layer: Layer, kind: str, parts: dict[s
         if zero_point is not None and bool((zero_point != 0).any()):
             raise ExportError(f"{name}: the file has zero points, the model has none")
         seen.quantized(name, held, q, parts["scale"])
-    if layer.weight.activation_scale is not None:
-        seen.plain(name, layer.weight.activation_scale.reshape(1, 1).float(), parts["act_quant_scale"])
 
 
 def _allowed(model: Exportable) -> tuple[float, str]:

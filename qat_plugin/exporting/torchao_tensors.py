@@ -4,7 +4,7 @@
 scheme                          torchao
 ==============================  =========================================================================
 w8a16, w8a16-gN, -tensor        Int8Tensor
-w8a8, w8a8-tensor, -static      Int8Tensor with quantized activations (per token; per tensor, calibrated)
+w8a8, w8a8-tensor               Int8Tensor with activations quantized per token
 w{8,4,3,2}a16, any groups       IntxUnpackedToInt8Tensor: a byte a weight, whatever its bits
 w{8,4,3,2}a8, any groups        IntxUnpackedToInt8Tensor with activations quantized per token
 ==============================  =========================================================================
@@ -16,7 +16,8 @@ CUDA and XPU alone.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -25,10 +26,15 @@ from qat_plugin.kernels.torchao_import import known_noise_dropped
 from qat_plugin.numerics import Quantized
 from qat_plugin.scheme import Scheme
 
+# The member of torchao's enum as the string that it is equal to: its safetensors reader knows no such enum (0.18).
+_DYNAMIC: Final = "int8_asym_per_token"
+
+
 def refusal_of(scheme: Scheme) -> tuple[str, str]:
     """Why torchao has no tensor for a scheme, and the nearest spelling that it has; empty strings where it has one."""
-    if scheme.static and not (scheme.weight_bits == 8 and scheme.symmetric and scheme.group_size is None):
-        return "static activations are held with symmetric INT8 weights per channel only", "w8a8-static"
+    if scheme.static:  # Int8Tensor itself has act_quant_scale
+        reason = "transformers (5.23) reads no calibrated activation scale back from torchao's files"
+        return reason, str(replace(scheme, static=False))
     return "", ""
 
 
@@ -39,33 +45,25 @@ def uses_int8_tensor(scheme: Scheme) -> bool:
     return scheme.group_size is None or not scheme.quantizes_activations
 
 
-def tensor_of(held: Quantized, dtype: torch.dtype, activation_scale: Tensor | None = None) -> Any:
+def tensor_of(held: Quantized, dtype: torch.dtype) -> Any:
     """The torchao tensor that holds these integers.
 
     Args:
         held: [out_features, in_features]; on the meta device its layout alone.
         dtype: the float type of the layer.
-        activation_scale: float32 scalar, of static schemes.
     """
     with known_noise_dropped():
         from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor
 
     block = [held.q.shape[axis] // held.scale.shape[axis] for axis in (0, 1)]
     if uses_int8_tensor(held.scheme):
-        fixed = None if activation_scale is None else activation_scale.reshape(1, 1).to(torch.float32)
-        return Int8Tensor(
-            held.q, held.scale, block, dtype, act_quant_scale=fixed, act_quant_kwargs=_activations(held.scheme)
-        )
+        return Int8Tensor(held.q, held.scale, block, dtype, act_quant_kwargs=_activations(held.scheme))
     bits, q, zero_point = held.scheme.weight_bits, held.q, held.zero_point
     if zero_point is None:
         zero_point = torch.zeros_like(held.scale, dtype=torch.int8)
     else:
         q, zero_point = _lowered(q, bits), _lowered(zero_point, bits)
-    activation = None
-    if held.scheme.quantizes_activations:
-        from torchao.quantization.quantize_.workflows.intx import intx_unpacked_to_int8_tensor as intx
-
-        activation = intx.IntxUnpackedToInt8TensorActivationQuantization.INT8_ASYM_PER_TOKEN
+    activation = _DYNAMIC if held.scheme.quantizes_activations else None
     return IntxUnpackedToInt8Tensor(
         q, held.scale.to(dtype), zero_point, getattr(torch, f"int{bits}"), tuple(block), dtype, activation
     )
@@ -81,12 +79,10 @@ def raised(signed: Tensor, bits: int) -> Tensor:
 
 
 def _activations(scheme: Scheme) -> Any:
-    from torchao.quantization import PerRow, PerTensor
+    from torchao.quantization import PerRow
     from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
 
-    if not scheme.quantizes_activations:
-        return None
-    return QuantizeTensorToInt8Kwargs(granularity=PerTensor() if scheme.static else PerRow())
+    return QuantizeTensorToInt8Kwargs(granularity=PerRow()) if scheme.quantizes_activations else None
 
 
 def config_of(scheme: Scheme) -> Any:
@@ -94,7 +90,6 @@ def config_of(scheme: Scheme) -> Any:
     from torchao.quantization import (
         Int8DynamicActivationInt8WeightConfig,
         Int8DynamicActivationIntxWeightConfig,
-        Int8StaticActivationInt8WeightConfig,
         Int8WeightOnlyConfig,
         IntxWeightOnlyConfig,
         MappingType,
@@ -107,16 +102,15 @@ def config_of(scheme: Scheme) -> Any:
     mapping = MappingType.SYMMETRIC if scheme.symmetric else MappingType.ASYMMETRIC
     rows = PerTensor() if scheme.per_tensor else PerRow()
     if uses_int8_tensor(scheme):
-        if scheme.static:
-            return Int8StaticActivationInt8WeightConfig(granularity=[PerTensor(), rows])
         if scheme.quantizes_activations:
             return Int8DynamicActivationInt8WeightConfig(granularity=[PerRow(), rows])
         return Int8WeightOnlyConfig(granularity=rows if scheme.group_size is None else PerGroup(scheme.group_size))
     bits = getattr(torch, f"int{scheme.weight_bits}")
-    axis = PerTensor() if scheme.per_tensor else PerAxis(0) if scheme.group_size is None else PerGroup(scheme.group_size)
+    axis = (
+        PerTensor() if scheme.per_tensor else PerAxis(0) if scheme.group_size is None else PerGroup(scheme.group_size)
+    )
     if scheme.quantizes_activations:
         return Int8DynamicActivationIntxWeightConfig(
             weight_dtype=bits, weight_granularity=axis, weight_mapping_type=mapping
         )
     return IntxWeightOnlyConfig(weight_dtype=bits, granularity=axis, mapping_type=mapping)
-

@@ -4,29 +4,62 @@ Its first argument is the folder; each line of its input is a name, and each lin
 answer lies: the tensors of one parameter, or, for the name ``=logits``, what the model gives for ``sample.safetensors``.
 """
 
+import json
 import os
 import sys
 
 
-def parts_of(model, name):  # type: ignore[no-untyped-def]
-    """Plain tensors of one parameter, and the class that holds them, as the quantization's own library unpacks them."""
-    module = model.get_submodule(name.rpartition(".")[0])
+def parts_of(model, name, folder):  # type: ignore[no-untyped-def]
+    """Plain tensors of one parameter, and the class or format that holds them there."""
+    stem, _, leaf = name.rpartition(".")
+    module = model.get_submodule(stem)
+    held = getattr(module, leaf, None)
     scheme = getattr(module, "quantization_scheme", None)
-    if scheme is not None and name.endswith(".weight"):
-        return compressed(module, scheme)
-    held = getattr(module, name.rpartition(".")[2])
+    if leaf == "weight" and scheme is not None:
+        parts, kind = unpacked({n: value.detach() for n, value in module.named_parameters(recurse=False)}, scheme)
+        if "input_scale" in parts:  # loading may round it
+            parts["stored_input_scale"] = stored(folder, stem)["input_scale"]
+        return parts, kind
+    scheme = compressed_scheme(folder, stem, module)
+    if leaf == "weight" and scheme is not None:  # dequantized while it was loaded
+        parts, kind = unpacked(stored(folder, stem), scheme)
+        return {**parts, "dense": held.detach()}, kind
     if not hasattr(held, "tensor_data_names"):
         return {"": held.detach()}, type(held).__name__
-    names, _ = held.__tensor_flatten__()
-    return {part: getattr(held, part).detach() for part in names}, type(held).__name__
+    return {part: getattr(held, part).detach() for part in held.__tensor_flatten__()[0]}, type(held).__name__
 
 
-def compressed(module, scheme):  # type: ignore[no-untyped-def]
-    """What compressed-tensors holds of a layer, packed integers unpacked by its own function."""
+def compressed_scheme(folder, stem, module):  # type: ignore[no-untyped-def]
+    """The scheme that compressed-tensors' own matching gives a layer, or None."""
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+        given = json.load(file).get("quantization_config", {})
+    if given.get("quant_method") != "compressed-tensors":
+        return None
+    from compressed_tensors.utils.match import is_match
+    from transformers import CompressedTensorsConfig
+
+    config = CompressedTensorsConfig.from_dict(given).quantization_config
+    groups = config.config_groups.values()
+    return next((g for g in groups if is_match(stem, module, g.targets, config.ignore or ())), None)
+
+
+def stored(folder, stem):  # type: ignore[no-untyped-def]
+    """What the files hold of one layer."""
+    from safetensors import safe_open
+
+    found = {}
+    for file in sorted(name for name in os.listdir(folder) if name.endswith(".safetensors")):
+        with safe_open(os.path.join(folder, file), framework="pt") as tensors:
+            own = [key for key in tensors.keys() if key.rpartition(".")[0] == stem]  # noqa: SIM118
+            found.update({key.rpartition(".")[2]: tensors.get_tensor(key) for key in own})
+    return found
+
+
+def unpacked(held, scheme):  # type: ignore[no-untyped-def]
+    """Integers of a compressed layer, unpacked by compressed-tensors' own function."""
     import torch
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
-    held = {name: value.detach() for name, value in module.named_parameters(recurse=False)}
     bits = scheme.weights.num_bits
     if "weight_packed" in held:
         shape = torch.Size(held.pop("weight_shape").tolist())
@@ -54,7 +87,7 @@ def main():  # type: ignore[no-untyped-def]
             with torch.no_grad():
                 tensors, kind = {"": model(**load_file(os.path.join(place, "sample.safetensors"))).logits.float()}, ""
         else:
-            tensors, kind = parts_of(model, name)
+            tensors, kind = parts_of(model, name, folder)
         save_file({f".{key}": value.contiguous().clone() for key, value in tensors.items()}, file, {"kind": kind})
         print(file, flush=True)
 
