@@ -175,7 +175,7 @@ def _dequantized(model: Exportable) -> bool:
 
 
 def verify(model: Exportable, path: Path, options: Options) -> Verification:
-    """Let transformers load it, in an interpreter that does not import this package; its library unpacks the integers."""
+    """Let transformers load it, in an interpreter without this package; the format's library unpacks integers."""
     import compressed_tensors
     import transformers
 
@@ -225,9 +225,7 @@ def _notes(model: Exportable) -> tuple[str, ...]:
     """What vLLM would not take as it is."""
     notes = []
     if _dequantized(model):
-        notes.append(
-            "transformers holds its weights as floats (compressed-tensors has no place for packed zero points)"
-        )
+        notes.append("transformers holds the weights as floats: compressed-tensors has no place for packed zero points")
     schemes = {layer.scheme for layer in model.layers.values()}
     if any(scheme.static for scheme in schemes) and float_dtype(model) != torch.float32:
         notes.append(f"transformers rounds activation scales to {_name(float_dtype(model))}; the file holds float32")

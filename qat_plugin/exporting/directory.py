@@ -50,8 +50,9 @@ def write_directory(model: Exportable, path: Path, quantization_config: Mapping[
     config.quantization_config = dict(quantization_config)
     config.dtype = float_dtype(model)
     config.architectures = [type(model.network).__name__]
-    head = model.network.get_output_embeddings()
-    if head is not None and head.weight is not model.network.get_input_embeddings().weight:
+    network: Any = model.network
+    head = network.get_output_embeddings()
+    if head is not None and head.weight is not network.get_input_embeddings().weight:
         config.tie_word_embeddings = False  # conversion unties what takes two schemes
     config.save_pretrained(path)
     generation = getattr(model.network, "generation_config", None)

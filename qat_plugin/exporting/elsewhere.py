@@ -37,7 +37,7 @@ class Elsewhere:
 
     def __enter__(self) -> Elsewhere:
         self._place = tempfile.TemporaryDirectory(prefix="qat-verify-")
-        self._errors = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self._errors = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")
         source = _SCRIPT.read_text(encoding="utf-8")
         arguments = [str(self.folder.absolute()), self._place.name, str(torch.get_num_threads())]
         self._process = subprocess.Popen(

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qat_plugin.exporting.contents import Exportable, Layer
 from qat_plugin.errors import ExportError
+from qat_plugin.exporting.contents import Exportable, Layer
 from qat_plugin.exporting.directory import (
     check_transformers,
     float_dtype,
@@ -79,7 +79,7 @@ def write(model: Exportable, path: Path, options: Options, progress: Told) -> No
         from transformers import TorchAoConfig
 
     parts = float_parts(model)
-    metadata = {name: '{"_type": "Tensor"}' for name in parts}
+    metadata = dict.fromkeys(parts, '{"_type": "Tensor"}')
     for name, layer in model.layers.items():
         parts[name], metadata[name] = _part(name, layer)
     ordered = in_order(model, parts)

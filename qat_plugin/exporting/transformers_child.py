@@ -1,7 +1,7 @@
 """Run by another interpreter, which never imports this package: loads a directory with transformers and is asked.
 
 Its first argument is the folder; each line of its input is a name, and each line of its output the file in which the
-answer lies: the tensors of one parameter, or, for the name ``=logits``, what the model gives for ``sample.safetensors``.
+answer lies: the tensors of one parameter, or, for ``=logits``, what the model gives for ``sample.safetensors``.
 """
 
 import json
@@ -13,7 +13,7 @@ def parts_of(model, name, folder):  # type: ignore[no-untyped-def]
     """Plain tensors of one parameter, and the class or format that holds them there."""
     stem, _, leaf = name.rpartition(".")
     module = model.get_submodule(stem)
-    held = getattr(module, leaf, None)
+    held = module.get_buffer(leaf) if leaf in module._buffers else module._parameters.get(leaf)
     scheme = getattr(module, "quantization_scheme", None)
     if leaf == "weight" and scheme is not None:
         parts, kind = unpacked({n: value.detach() for n, value in module.named_parameters(recurse=False)}, scheme)
@@ -23,7 +23,9 @@ def parts_of(model, name, folder):  # type: ignore[no-untyped-def]
     scheme = compressed_scheme(folder, stem, module)
     if leaf == "weight" and scheme is not None:  # dequantized while it was loaded
         parts, kind = unpacked(stored(folder, stem), scheme)
-        return {**parts, "dense": held.detach()}, kind
+        return {**parts, "dense": module.weight.detach()}, kind
+    if held is None:
+        raise KeyError(f"the model has no parameter {name}")
     if not hasattr(held, "tensor_data_names"):
         return {"": held.detach()}, type(held).__name__
     return {part: getattr(held, part).detach() for part in held.__tensor_flatten__()[0]}, type(held).__name__
