@@ -6,7 +6,6 @@ stay float. Tensors are laid out by :mod:`~qat_plugin.exporting.compressed_layou
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,18 +24,15 @@ from qat_plugin.exporting.directory import (
     in_order,
     write_directory,
 )
-from qat_plugin.exporting.elsewhere import Elsewhere
+from qat_plugin.exporting.elsewhere import compared_elsewhere, reader_with, tolerance_of
 from qat_plugin.exporting.formats import Told
 from qat_plugin.exporting.refusal import Refusal
 from qat_plugin.exporting.sharded import DEFAULT_SHARD_SIZE, Part, bytes_of, write_shards
-from qat_plugin.exporting.verification import Comparison, Verification, relative_difference
+from qat_plugin.exporting.verification import Comparison, Verification
+from qat_plugin.exporting.vllm import fused_refusals, notes
 from qat_plugin.scheme import Scheme
 
-_ROUNDING: Final = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-_ACTIVATIONS: Final = 0.1
-_FUSED: Final = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 _CHOICES: Final = ("warn", "refuse")
-_VLLM_GROUPS: Final = (None, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -71,12 +67,7 @@ def refusals(model: Exportable, options: Options) -> list[Refusal]:
         if reason:
             found.append(Refusal(layer.name, str(layer.scheme), reason, nearest))
     if options.fused == "refuse" and not found:
-        for names in _unequal(model):
-            for name in names:
-                reason = "vLLM computes " + ", ".join(_last(name) for name in names) + " of one block as one layer"
-                scheme = model.layers.get(f"{name}.weight")
-                spelling = "float" if scheme is None else str(scheme.scheme)
-                found.append(Refusal(name, spelling, reason, _commonest(model, names)))
+        found = fused_refusals(model)
     return found
 
 
@@ -98,30 +89,6 @@ def _refusal(layer: Layer, alone: bool) -> tuple[str, str]:
         reason = "transformers loads packed zero points only where all quantized layers have the same scheme"
         return reason, str(replace(scheme, symmetric=True))
     return "", ""
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-def _unequal(model: Exportable) -> list[list[str]]:
-    """Names of layers that vLLM fuses and that do not have one scheme."""
-    groups: dict[tuple[str, int], list[str]] = {}
-    for name, module in model.network.named_modules():
-        for number, members in enumerate(_FUSED):
-            if isinstance(module, torch.nn.Linear) and _last(name) in members:
-                groups.setdefault((name.rpartition(".")[0], number), []).append(name)
-    return [names for names in groups.values() if len({_scheme(model, name) for name in names}) > 1]
-
-
-def _scheme(model: Exportable, name: str) -> Scheme | None:
-    layer = model.layers.get(f"{name}.weight")
-    return None if layer is None else layer.scheme
-
-
-def _commonest(model: Exportable, names: list[str]) -> str:
-    spellings = [str(scheme) for name in names if (scheme := _scheme(model, name)) is not None]
-    return max(spellings, key=spellings.count)
 
 
 def write(model: Exportable, path: Path, options: Options, progress: Told) -> None:
@@ -177,24 +144,12 @@ def _dequantized(model: Exportable) -> bool:
 def verify(model: Exportable, path: Path, options: Options) -> Verification:
     """Let transformers load it, in an interpreter without this package; the format's library unpacks integers."""
     import compressed_tensors
-    import transformers
 
-    seen = Comparison()
-    sample = model.sample
-    with Elsewhere(path) as there:
-        for name, layer in model.layers.items():
-            kind, parts = there.parts(name)
-            _compare(seen, name, layer, kind, parts)
-        for name, tensor in model.floats():
-            seen.plain(name, tensor, there.parts(name)[1][""])
-        if isinstance(sample, tuple):
-            sample = {"input_ids": sample[0]}
-        error = relative_difference(there.logits(sample), model.outputs())
-    tolerance, reason = _allowed(model)
+    seen, error = compared_elsewhere(model, path, _compare)
+    tolerance, reason = tolerance_of(model, "compressed-tensors rounds activations to -128..127 by absmax / 127.5")
     return seen.verification(
-        f"transformers {transformers.__version__} with compressed-tensors {compressed_tensors.__version__}, without "
-        "this package",
-        error=error, tolerance=tolerance, reason=reason, notes=_notes(model),
+        reader_with("compressed-tensors", compressed_tensors.__version__),
+        error=error, tolerance=tolerance, reason=reason, notes=tuple(_notes(model)),
     )  # fmt: skip
 
 
@@ -210,46 +165,19 @@ def _compare(seen: Comparison, name: str, layer: Layer, kind: str, parts: dict[s
     seen.quantized(name, held, parts["weight"].to(torch.int16) + lowest, scale, zero_point)
     if "dense" in parts and not torch.equal(parts["dense"], held.dequantize(parts["dense"].dtype)):
         raise ExportError(f"{name}: transformers' weight is not what its integers stand for")
-    if layer.weight.activation_scale is not None:
-        seen.plain(name, layer.weight.activation_scale.reshape(1).float(), parts["stored_input_scale"])
+    fixed = layer.weight.activation_scale
+    if fixed is not None and not torch.equal(fixed.cpu().reshape(1).float(), parts["stored_input_scale"]):
+        raise ExportError(f"{name}: the file has another activation scale than the model")
 
 
-def _allowed(model: Exportable) -> tuple[float, str]:
-    """How far outputs may lie apart, and why."""
-    if any(layer.scheme.quantizes_activations for layer in model.layers.values()):
-        return _ACTIVATIONS, "compressed-tensors rounds activations on another grid: absmax / 127.5, -128 to 127"
-    return _ROUNDING[float_dtype(model)], "sums in another order"
-
-
-def _notes(model: Exportable) -> tuple[str, ...]:
-    """What vLLM would not take as it is."""
-    notes = []
+def _notes(model: Exportable) -> list[str]:
+    found = []
     if _dequantized(model):
-        notes.append("transformers holds the weights as floats: compressed-tensors has no place for packed zero points")
-    schemes = {layer.scheme for layer in model.layers.values()}
-    if any(scheme.static for scheme in schemes) and float_dtype(model) != torch.float32:
-        notes.append(f"transformers rounds activation scales to {_name(float_dtype(model))}; the file holds float32")
-    unequal = _unequal(model)
-    if unequal:
-        first = ", ".join(unequal[0])
-        more = f" and {len(unequal) - 1} more groups" if len(unequal) > 1 else ""
-        notes.append(f"vLLM fuses {first}{more}, which have different schemes here; transformers loads it")
-    odd = sorted(str(scheme) for scheme in schemes if not _in_vllm(scheme))
-    if odd:
-        notes.append(f"vLLM (not run here) may have no kernel for {', '.join(odd)}; transformers loads it")
-    if any(re.search(r"(^|\.)lm_head$", layer.name) for layer in model.layers.values()):
-        notes.append("vLLM (not run here) may take a float head only; transformers loads it")
-    return tuple(notes)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _in_vllm(scheme: Scheme) -> bool:
-    if scheme.quantizes_activations:
-        return scheme.symmetric and (scheme.weight_bits, scheme.group_size) == (8, None)
-    return scheme.weight_bits in (4, 8) and scheme.group_size in _VLLM_GROUPS
+        found.append("transformers holds the weights as floats: compressed-tensors has no place for packed zero points")
+    dtype = float_dtype(model)
+    if any(layer.scheme.static for layer in model.layers.values()) and dtype != torch.float32:
+        found.append(f"transformers rounds activation scales to {str(dtype)[6:]}; the file holds float32")
+    return found + notes(model)
 
 
 def usage(model: Exportable, path: Path, options: Options) -> str:

@@ -10,23 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat_plugin.errors import ConfigError
+from qat_plugin.errors import ConfigError, ExportError
 from qat_plugin.exporting.contents import Exportable
 from qat_plugin.exporting.sharded import Part
 from qat_plugin.qlora.source import load_tokenizer
 
 
 def check_transformers(model: Exportable, title: str) -> None:
-    """Raise unless the network is a transformers model.
+    """Raise unless the network is a transformers model with quantized layers.
 
     Raises:
         ConfigError: for any other module.
+        ExportError: when nothing in it is quantized.
     """
     if model.config is None or not hasattr(model.network, "generation_config"):
         raise ConfigError(
             f"{title} is a transformers directory, and {type(model.network).__name__} is no transformers language "
             "model; format='converted' holds any module"
         )
+    if not model.layers:
+        raise ExportError(f"{title} needs quantized layers, and all of this plan's are float")
 
 
 def float_dtype(model: Exportable) -> torch.dtype:

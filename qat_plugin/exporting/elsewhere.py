@@ -5,18 +5,24 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Final
 
 import torch
 from torch import Tensor
 
 from qat_plugin.errors import ExportError
+from qat_plugin.exporting.contents import Exportable, Layer
+from qat_plugin.exporting.directory import float_dtype
+from qat_plugin.exporting.verification import Comparison, relative_difference
 
 _SCRIPT = Path(__file__).with_name("transformers_child.py")
 _SHOWN = 2000
+# |outputs - ours| / |ours| over a whole model: sums in another order, and roundings of 16-bit activations on the way
+_ROUNDING: Final = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_ACTIVATIONS: Final = 0.1  # two roundings of each activation to eight bits, on different grids
 
 
 class Elsewhere:
@@ -106,3 +112,49 @@ class Elsewhere:
         if error is not None:
             self._process.kill()
         self.close()
+
+
+def compared_elsewhere(
+    model: Exportable, path: Path, compare: Callable[[Comparison, str, Layer, str, dict[str, Tensor]], None]
+) -> tuple[Comparison, float]:
+    """Every tensor that plain transformers loads from a directory against the model's, then the outputs.
+
+    Args:
+        model: what was written.
+        path: the directory.
+        compare: one quantized layer: what was seen so far, the parameter's name, the layer, and the class or format and
+            the tensors that it has there.
+
+    Returns:
+        What was seen, and the relative difference of outputs.
+
+    Raises:
+        ExportError: when it does not load, or holds something else.
+    """
+    seen = Comparison()
+    sample = {"input_ids": model.sample[0]} if isinstance(model.sample, tuple) else model.sample
+    with Elsewhere(path) as there:
+        for name, layer in model.layers.items():
+            compare(seen, name, layer, *there.parts(name))
+        for name, tensor in model.floats():
+            seen.plain(name, tensor, there.parts(name)[1][""])
+        return seen, relative_difference(there.logits(sample), model.outputs())
+
+
+def tolerance_of(model: Exportable, activations: str) -> tuple[float, str]:
+    """How far outputs may lie apart, and why.
+
+    Args:
+        model: what was written.
+        activations: how the library rounds activations, where it does.
+    """
+    if any(layer.scheme.quantizes_activations for layer in model.layers.values()):
+        return _ACTIVATIONS, activations
+    return _ROUNDING[float_dtype(model)], "sums in another order"
+
+
+def reader_with(library: str, version: str) -> str:
+    """What read it, for a :class:`~qat_plugin.exporting.verification.Verification`."""
+    import transformers
+
+    return f"transformers {transformers.__version__} with {library} {version}, without this package"

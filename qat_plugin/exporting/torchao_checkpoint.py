@@ -11,30 +11,25 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from qat_plugin.errors import ExportError
 from qat_plugin.exporting.contents import Exportable, Layer
 from qat_plugin.exporting.directory import (
     check_transformers,
-    float_dtype,
     float_layers,
     float_parts,
     in_order,
     write_directory,
 )
-from qat_plugin.exporting.elsewhere import Elsewhere
+from qat_plugin.exporting.elsewhere import compared_elsewhere, reader_with, tolerance_of
 from qat_plugin.exporting.formats import Told
 from qat_plugin.exporting.refusal import Refusal
 from qat_plugin.exporting.sharded import DEFAULT_SHARD_SIZE, Part, bytes_of, write_shards
 from qat_plugin.exporting.torchao_tensors import config_of, raised, refusal_of, tensor_of, uses_int8_tensor
-from qat_plugin.exporting.verification import Comparison, Verification, relative_difference
+from qat_plugin.exporting.verification import Comparison, Verification
 from qat_plugin.kernels.torchao_import import known_noise_dropped
 from qat_plugin.numerics import Quantized
-
-_ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-_ACTIVATIONS = 0.1
 
 
 @dataclass(frozen=True)
@@ -112,23 +107,13 @@ def _part(name: str, layer: Layer) -> tuple[Part, str]:
 def verify(model: Exportable, path: Path, options: Options) -> Verification:
     """Let transformers load it, in an interpreter that does not import this package."""
     import torchao
-    import transformers
 
-    seen = Comparison()
-    sample = model.sample
-    with Elsewhere(path) as there:
-        for name, layer in model.layers.items():
-            kind, parts = there.parts(name)
-            _compare(seen, name, layer, kind, parts)
-        for name, tensor in model.floats():
-            seen.plain(name, tensor, there.parts(name)[1][""])
-        if isinstance(sample, tuple):
-            sample = {"input_ids": sample[0]}
-        error = relative_difference(there.logits(sample), model.outputs())
-    tolerance, reason = _allowed(model)
+    seen, error = compared_elsewhere(model, path, _compare)
+    tolerance, reason = tolerance_of(
+        model, "torchao rounds activations on another grid: absmax / 127.5, or a zero point"
+    )
     return seen.verification(
-        f"transformers {transformers.__version__} with torchao {torchao.__version__}, without this package",
-        error=error, tolerance=tolerance, reason=reason,
+        reader_with("torchao", torchao.__version__), error=error, tolerance=tolerance, reason=reason
     )  # fmt: skip
 
 
@@ -145,15 +130,6 @@ def _compare(seen: Comparison, name: str, layer: Layer, kind: str, parts: dict[s
         if zero_point is not None and bool((zero_point != 0).any()):
             raise ExportError(f"{name}: the file has zero points, the model has none")
         seen.quantized(name, held, q, parts["scale"])
-
-
-def _allowed(model: Exportable) -> tuple[float, str]:
-    """How far outputs may lie apart, and why."""
-    rounding = _ROUNDING[float_dtype(model)]
-    schemes = [layer.scheme for layer in model.layers.values()]
-    if any(scheme.quantizes_activations for scheme in schemes):
-        return _ACTIVATIONS, "torchao rounds activations on another grid: absmax / 127.5, or with a zero point"
-    return rounding, "sums in another order"
 
 
 def usage(model: Exportable, path: Path, options: Options) -> str:

@@ -1,0 +1,46 @@
+"""A Llama of a few thousand weights for the tests of this folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qat_plugin import Policy, calibrate, convert
+
+SAMPLE = {"input_ids": torch.arange(48).reshape(2, 24) % 128}
+
+
+def llama(*, tied: bool = False, dtype: torch.dtype = torch.float32) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=128, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
+
+
+def converted(
+    rules: dict[str, str], keep: tuple[str, ...] = (), *, tied: bool = False, dtype: torch.dtype = torch.float32
+) -> Any:
+    policy, model = Policy(rules, keep=list(keep)), llama(tied=tied, dtype=dtype)
+    if any("static" in scheme for scheme in rules.values()):
+        return convert(calibrate(model, policy, [SAMPLE], method="rtn"))
+    return convert(model, policy)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(**SAMPLE).logits.float()
+    return found
+
+
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0", bos_token="w1", eos_token="w2")
