@@ -80,7 +80,10 @@ def _refusal(layer: Layer, alone: bool) -> tuple[str, str]:
     if weight.transposed:
         return "its weight is [in, out] (transformers' Conv1D), and only nn.Linear is held", ""
     if weight.input_scale is not None:
-        return "it divides its inputs by a scale of its own (AWQ or SmoothQuant), which has no place in the file", ""
+        return (
+            "it divides its inputs by a scale of its own (AWQ or SmoothQuant), which has no place in the file: calibrate it by another method",
+            "",
+        )
     if scheme.symmetric or format_of(scheme) != PACKED:
         return "", ""
     if scheme.per_tensor:

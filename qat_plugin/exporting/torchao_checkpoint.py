@@ -63,7 +63,10 @@ def _refusal(layer: Layer) -> tuple[str, str]:
     if weight.transposed:
         return "its weight is [in, out] (transformers' Conv1D), which torchao's tensors do not multiply by", ""
     if weight.input_scale is not None:
-        return "it divides its inputs by a scale of its own (AWQ or SmoothQuant), which torchao has no place for", ""
+        return (
+            "it divides its inputs by a scale of its own (AWQ or SmoothQuant), which has no place in the file: calibrate it by another method",
+            "",
+        )
     return refusal_of(layer.scheme)
 
 

@@ -20,7 +20,7 @@ from qat_plugin.exporting.directory import tokenizer_of
 from qat_plugin.exporting.foreign import Gathered
 from qat_plugin.exporting.torchao_tensors import raised
 from qat_plugin.qlora.architecture import empty_model, model_names
-from qat_plugin.qlora.source import check_shards, shards
+from qat_plugin.qlora.source import check_shards, read_config, shards
 from qat_plugin.scheme import Scheme
 
 _INTX, _INT8 = "IntxUnpackedToInt8Tensor", "Int8Tensor"
@@ -38,6 +38,7 @@ def read(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         CheckpointError: when files are missing or corrupt, of another model, or hold tensors that are not read here.
     """
     check_shards(path)
+    config = read_config(path)["quantization_config"]
     network = empty_model(path, dtype, quantized=True)
     tensors, described = _opened(path)
     names = model_names(network, described, path)
@@ -49,7 +50,7 @@ def read(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         if entry.get("_type") == "Tensor":
             found.floats[name] = parts[""]
         else:
-            _add(found, name, entry, parts)
+            _add(found, name, entry, parts, grouped=_says_group(config, stored.rpartition(".")[0]))
     found.tell(path)
     return assemble(network, found.quantized, found.floats, dtype, path), tokenizer_of(path)
 
@@ -81,7 +82,16 @@ def _parts(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], p
     return {part: tensors[stored] for part, stored in wanted.items()}
 
 
-def _add(found: Gathered, name: str, entry: Mapping[str, Any], parts: Mapping[str, Tensor]) -> None:
+def _says_group(config: Mapping[str, Any], layer: str) -> bool:
+    """Whether ``config.json`` calls a layer's scales those of groups: it tells one group a row from a channel."""
+    entry = (config.get("quant_type") or {}).get("default") or {}
+    named = (entry.get("_data") or {}).get("fqn_to_config")
+    data = ((named.get(layer) or {}) if isinstance(named, Mapping) else entry).get("_data") or {}
+    granularity = data.get("granularity") or data.get("weight_granularity")
+    return isinstance(granularity, Mapping) and granularity.get("_type") == "PerGroup"
+
+
+def _add(found: Gathered, name: str, entry: Mapping[str, Any], parts: Mapping[str, Tensor], *, grouped: bool) -> None:
     kind, held = entry.get("_type"), entry.get("_data", {})
     unread = sorted(set(parts) - {"qdata", "scale", "zero_point", "act_quant_scale"})
     if kind not in (_INTX, _INT8) or unread:
@@ -101,7 +111,7 @@ def _add(found: Gathered, name: str, entry: Mapping[str, Any], parts: Mapping[st
         raise CheckpointError(f"{name} has a scale per {rows} x {columns} weights; read are groups of one row's")
     scheme = Scheme(
         "integer", weight_bits=bits, activation_bits=16, symmetric=symmetric, per_tensor=rows != 1,
-        group_size=None if columns == q.shape[1] else columns,
+        group_size=columns if columns != q.shape[1] or (rows == 1 and grouped) else None,
     )  # fmt: skip
     scheme = _with_activations(scheme, name, held, parts)
     if not symmetric:

@@ -35,6 +35,8 @@ def refusal_of(scheme: Scheme) -> tuple[str, str]:
     if scheme.static:  # Int8Tensor itself has act_quant_scale
         reason = "transformers (5.23) reads no calibrated activation scale back from torchao's files"
         return reason, str(replace(scheme, static=False))
+    if scheme.per_tensor and not uses_int8_tensor(scheme):
+        return "torchao's configurations know no one scale for such a weight", str(replace(scheme, per_tensor=False))
     return "", ""
 
 
@@ -106,9 +108,7 @@ def config_of(scheme: Scheme) -> Any:
             return Int8DynamicActivationInt8WeightConfig(granularity=[PerRow(), rows])
         return Int8WeightOnlyConfig(granularity=rows if scheme.group_size is None else PerGroup(scheme.group_size))
     bits = getattr(torch, f"int{scheme.weight_bits}")
-    axis = (
-        PerTensor() if scheme.per_tensor else PerAxis(0) if scheme.group_size is None else PerGroup(scheme.group_size)
-    )
+    axis = PerAxis(0) if scheme.group_size is None else PerGroup(scheme.group_size)
     if scheme.quantizes_activations:
         return Int8DynamicActivationIntxWeightConfig(
             weight_dtype=bits, weight_granularity=axis, weight_mapping_type=mapping

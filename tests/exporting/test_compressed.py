@@ -12,14 +12,13 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
 
-from qat_plugin import Policy, calibrate, convert
 from qat_plugin.errors import ConfigError, ExportError
 from qat_plugin.exporting import export_model
 from qat_plugin.exporting.compressed_layout import group_of, tensors_of
 from qat_plugin.exporting.contents import Exportable
 from qat_plugin.numerics import Quantized, round_to_nearest
 from qat_plugin.scheme import Scheme
-from tests.exporting.tiny_llama import SAMPLE, converted, llama, logits, tokenizer
+from tests.exporting.tiny_llama import converted, dividing_its_input, logits, tokenizer
 
 KEEP = ("lm_head", "embedding")
 FLOAT_ENDS = {"embedding": "fp16"}
@@ -147,9 +146,10 @@ def test_what_it_cannot_hold_is_refused_and_nothing_written(tmp_path: Path) -> N
         converted({"attention": "w4a16-g32-asym", "ffn": "w4a16-g64-asym"}, KEEP),
         r"q_proj.*\(w4a16-g32-asym\).*same scheme; nearest that fits: w4a16-g32\n",
     )
-    policy = Policy({"attention": "w4a16-g32"}, keep=[*KEEP, "ffn"])
-    refused(convert(calibrate(llama(), policy, [SAMPLE], method="awq")), r"o_proj.*divides its inputs")
-    unequal = converted({"*.gate_proj": "w4a16-g32", "*.up_proj": "w8a16", "*.down_proj": "w8a16"}, (*KEEP, "attention"))
+    refused(dividing_its_input("w4a16-g32"), r"o_proj.*divides its inputs")
+    unequal = converted(
+        {"*.gate_proj": "w4a16-g32", "*.up_proj": "w8a16", "*.down_proj": "w8a16"}, (*KEEP, "attention")
+    )
     refused(unequal, r"gate_proj.*vLLM computes gate_proj, up_proj of one block", fused="refuse")
     with pytest.raises(ConfigError, match="fused='no' is not allowed: 'warn' or 'refuse'"):
         export_model(unequal, "compressed-tensors", tmp_path / "out", options={"fused": "no"})

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from qat_plugin import Policy, calibrate, convert
+from qat_plugin import Policy, convert
 from qat_plugin.errors import ConfigError, ExportError
 from qat_plugin.exporting import export_model
 from qat_plugin.exporting.contents import Exportable
 from qat_plugin.numerics import quantize_activation
-from tests.exporting.tiny_llama import SAMPLE, converted, llama, logits, tokenizer
+from tests.exporting.tiny_llama import converted, dividing_its_input, logits, tokenizer
 
 MIXED = {
     "embedding": "w8a16", "head": "w8a16", "*.q_proj": "w8a8", "*.k_proj": "w4a8-g32", "*.v_proj": "w4a16-g64",
@@ -26,10 +26,6 @@ def plain(path: Path, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(path, local_files_only=True, **options)
-
-
-def weight_only(model: Any) -> bool:
-    return not any(layer.scheme.quantizes_activations for layer in Exportable(model, ()).layers.values())
 
 
 def test_a_mixed_tied_model_is_proven_by_another_interpreter(tmp_path: Path) -> None:
@@ -105,10 +101,10 @@ def test_what_torchao_cannot_hold_is_refused_and_nothing_written(tmp_path: Path)
     static = converted({"attention": "w8a8-static", "ffn": "w8a8"}, ("lm_head", "embedding"))
     with pytest.raises(ExportError, match=r"q_proj.*\(w8a8-static\).*nearest that fits: w8a8"):
         export_model(static, "torchao", tmp_path / "out")
-    policy = Policy({"attention": "w4a16-g32"}, keep=["embedding", "head", "ffn"])
-    scaled = convert(calibrate(llama(), policy, [SAMPLE], method="awq"))  # o_proj: two heads share a value's rows
+    with pytest.raises(ExportError, match=r"\(w4a16-tensor\).*nearest that fits: w4a16\n"):
+        export_model(converted({"ffn": "w4a16-tensor"}), "torchao", tmp_path / "out")
     with pytest.raises(ExportError, match=r"o_proj.*divides its inputs"):
-        export_model(scaled, "torchao", tmp_path / "out")
+        export_model(dividing_its_input("w8a8"), "torchao", tmp_path / "out")
     with pytest.raises(ExportError, match="needs quantized layers"):
         export_model(converted({"default": "bf16"}), "torchao", tmp_path / "out")
     with pytest.raises(ConfigError, match="is no transformers language model"):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from qat_plugin import Policy, calibrate, convert
+from qat_plugin import Policy, calibrate, convert, prepare
+from qat_plugin.qat import prepared_layers, set_input_scale
 
 SAMPLE = {"input_ids": torch.arange(48).reshape(2, 24) % 128}
 
@@ -44,3 +46,21 @@ def tokenizer() -> Any:
     made = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0", bos_token="w1", eos_token="w2")
+
+
+def dividing_its_input(scheme: str) -> Any:
+    """A converted Llama whose o_proj layers keep an input scale, as AWQ leaves one where it cannot be folded."""
+    model = prepare(llama(), Policy({"attention": scheme}, keep=["lm_head", "embedding", "ffn"]))
+    for name, layer in prepared_layers(model).items():
+        if name.endswith("o_proj"):
+            set_input_scale(layer, torch.linspace(0.5, 2.0, 64))
+    return convert(model)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What must be the same bytes each time: not the card, and not what transformers notes of a tokenizer's origin."""
+    return {
+        file.name: file.read_bytes()
+        for file in folder.iterdir()
+        if file.name not in ("README.md", "tokenizer_config.json")
+    }
