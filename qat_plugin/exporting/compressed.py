@@ -22,6 +22,7 @@ from qat_plugin.exporting.directory import (
     float_layers,
     float_parts,
     in_order,
+    not_plain,
     write_directory,
 )
 from qat_plugin.exporting.elsewhere import compared_elsewhere, reader_with, tolerance_of
@@ -72,18 +73,11 @@ def refusals(model: Exportable, options: Options) -> list[Refusal]:
 
 
 def _refusal(layer: Layer, alone: bool) -> tuple[str, str]:
-    weight, scheme = layer.weight, layer.scheme
-    if weight.usage in ("embedding", "both"):
+    scheme = layer.scheme
+    if layer.weight.usage in ("embedding", "both"):
         return "vLLM and transformers take embeddings (and heads tied to them) as floats", "fp16"
-    if weight.usage == "conv":
-        return "linear layers are held, convolutions are not", ""
-    if weight.transposed:
-        return "its weight is [in, out] (transformers' Conv1D), and only nn.Linear is held", ""
-    if weight.input_scale is not None:
-        return (
-            "it divides its inputs by a scale of its own (AWQ or SmoothQuant), which has no place in the file: calibrate it by another method",
-            "",
-        )
+    if reason := not_plain(layer):
+        return reason, ""
     if scheme.symmetric or format_of(scheme) != PACKED:
         return "", ""
     if scheme.per_tensor:

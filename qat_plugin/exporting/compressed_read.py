@@ -167,7 +167,7 @@ def _unpacked(words: Tensor, bits: int, columns: int) -> Tensor:
         raise CheckpointError(f"{data.shape[-1]} packed bytes do not hold {columns} integers of {bits} bits")
     whole = -(-data.shape[-1] // bits) * bits  # unpacking takes whole packs of eight integers
     data = torch.nn.functional.pad(data, (0, whole - data.shape[-1]))
-    return unpack(data, bits, columns, signed=False)
+    return unpack(data, bits, columns, signed=False)[:, :columns].contiguous()
 
 
 def _lowered(unsigned: Tensor, bits: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qat_plugin.errors import ConfigError, ExportError
-from qat_plugin.exporting.contents import Exportable
+from qat_plugin.exporting.contents import Exportable, Layer
 from qat_plugin.exporting.sharded import Part
 from qat_plugin.qlora.source import load_tokenizer
 
@@ -30,6 +30,20 @@ def check_transformers(model: Exportable, title: str) -> None:
         )
     if not model.layers:
         raise ExportError(f"{title} needs quantized layers, and all of this plan's are float")
+
+
+def not_plain(layer: Layer) -> str:
+    """Why a layer is not what ``nn.Linear`` or ``nn.Embedding`` alone compute with its weight; "" when it is."""
+    if layer.weight.usage == "conv":
+        return "linear layers and embeddings are held, convolutions are not"
+    if layer.weight.transposed:
+        return "its weight is [in, out] (transformers' Conv1D), and [out, in] is held"
+    if layer.weight.input_scale is not None:
+        return (
+            "it divides its inputs by a scale of its own (AWQ, SmoothQuant), which has no place in the file: calibrate "
+            "it by another method"
+        )
+    return ""
 
 
 def float_dtype(model: Exportable) -> torch.dtype:

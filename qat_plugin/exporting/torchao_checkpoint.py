@@ -20,6 +20,7 @@ from qat_plugin.exporting.directory import (
     float_layers,
     float_parts,
     in_order,
+    not_plain,
     write_directory,
 )
 from qat_plugin.exporting.elsewhere import compared_elsewhere, reader_with, tolerance_of
@@ -57,17 +58,8 @@ def refusals(model: Exportable, options: Options) -> list[Refusal]:
 
 
 def _refusal(layer: Layer) -> tuple[str, str]:
-    weight = layer.weight
-    if weight.usage == "conv":
-        return "torchao's tensors of these kinds run linear layers and embeddings, not convolutions", ""
-    if weight.transposed:
-        return "its weight is [in, out] (transformers' Conv1D), which torchao's tensors do not multiply by", ""
-    if weight.input_scale is not None:
-        return (
-            "it divides its inputs by a scale of its own (AWQ or SmoothQuant), which has no place in the file: calibrate it by another method",
-            "",
-        )
-    return refusal_of(layer.scheme)
+    reason = not_plain(layer)
+    return (reason, "") if reason else refusal_of(layer.scheme)
 
 
 def write(model: Exportable, path: Path, options: Options, progress: Told) -> None:

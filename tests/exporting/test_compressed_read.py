@@ -42,6 +42,14 @@ def test_a_model_read_back_is_the_same_and_gives_the_same_bytes(plan: str, dtype
     assert files(made.path) == files(again.path)
 
 
+@pytest.mark.parametrize("scheme", ["w8a16", "w4a16", "w3a16", "w2a16", "w8a16-asym", "w3a16-asym"])
+def test_rows_that_end_within_a_word_are_read_whole(scheme: str, tmp_path: Path) -> None:
+    model = converted({"ffn": scheme}, (*KEEP, "attention"), ffn=43 * 2)
+    made = export_model(model, "compressed-tensors", tmp_path / "a", verify=False)
+    read, _ = qat_plugin.load(made.path)
+    assert torch.equal(logits(read), logits(model))
+
+
 def compressed_by_the_library(groups: dict[str, Any], path: Path, dtype: torch.dtype) -> dict[str, Any]:
     """A directory without a line of this project; name -> (integers, scale, numbers) of each layer in it."""
     model = llama(dtype=dtype)

@@ -13,21 +13,26 @@ from qat_plugin.qat import prepared_layers, set_input_scale
 SAMPLE = {"input_ids": torch.arange(48).reshape(2, 24) % 128}
 
 
-def llama(*, tied: bool = False, dtype: torch.dtype = torch.float32) -> Any:
+def llama(*, tied: bool = False, dtype: torch.dtype = torch.float32, ffn: int = 128) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        hidden_size=64, intermediate_size=ffn, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=128, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
 
 
 def converted(
-    rules: dict[str, str], keep: tuple[str, ...] = (), *, tied: bool = False, dtype: torch.dtype = torch.float32
+    rules: dict[str, str],
+    keep: tuple[str, ...] = (),
+    *,
+    tied: bool = False,
+    dtype: torch.dtype = torch.float32,
+    ffn: int = 128,
 ) -> Any:
-    policy, model = Policy(rules, keep=list(keep)), llama(tied=tied, dtype=dtype)
+    policy, model = Policy(rules, keep=list(keep)), llama(tied=tied, dtype=dtype, ffn=ffn)
     if any("static" in scheme for scheme in rules.values()):
         return convert(calibrate(model, policy, [SAMPLE], method="rtn"))
     return convert(model, policy)
