@@ -89,6 +89,7 @@ def _lowered(q: Tensor, bits: int) -> Tensor:
 
 def _words(unsigned: Tensor, bits: int) -> Tensor:
     """uint8 [rows, columns] as int32 [rows, ceil(columns * bits / 32)]."""
-    columns = unsigned.shape[-1]
-    padded = F.pad(unsigned, (0, -columns % _WORD))
-    return pack(padded, bits).view(torch.int32)[:, : -(-columns * bits // _WORD)].contiguous()
+    rows, columns = unsigned.shape
+    packed = pack(F.pad(unsigned, (0, -columns % _WORD)), bits)
+    words = packed.flatten().view(torch.int32).unflatten(0, (rows, -1))
+    return words[:, : -(-columns * bits // _WORD)].contiguous()
