@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qat_plugin.kernels.packing import pack
-from qat_plugin.numerics import Quantized
+from qat_plugin.numerics import Quantized, row_chunks
 from qat_plugin.scheme import Scheme
 
 PACKED, INTEGERS = "pack-quantized", "int-quantized"
@@ -65,7 +65,8 @@ def tensors_of(
     bits, scale = held.scheme.weight_bits, held.scale.to(dtype)
     found = {"weight_scale": scale.reshape(-1) if held.scheme.per_tensor else scale}
     if format_of(held.scheme) == PACKED:
-        found["weight_packed"] = _words(_raised(held.q, bits), bits)
+        rows = [_words(_raised(held.q[rows], bits), bits) for rows in row_chunks(held.q)]
+        found["weight_packed"] = torch.cat(rows)
         found["weight_shape"] = torch.tensor(held.q.shape, device="cpu").to(held.q.device)
         if held.zero_point is not None:
             found["weight_zero_point"] = _words(held.zero_point.t(), bits).t().contiguous()
@@ -91,5 +92,5 @@ def _words(unsigned: Tensor, bits: int) -> Tensor:
     """uint8 [rows, columns] as int32 [rows, ceil(columns * bits / 32)]."""
     rows, columns = unsigned.shape
     packed = pack(F.pad(unsigned, (0, -columns % _WORD)), bits)
-    words = packed.flatten().view(torch.int32).unflatten(0, (rows, -1))
+    words: Tensor = packed.flatten().view(torch.int32).unflatten(0, (rows, -1))
     return words[:, : -(-columns * bits // _WORD)].contiguous()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Final
@@ -73,8 +74,9 @@ class Elsewhere:
     def _ask(self, name: str) -> tuple[str, dict[str, Tensor]]:
         from safetensors import safe_open
 
-        self._stream(self._process.stdin).write(f"{name}\n")
-        self._stream(self._process.stdin).flush()
+        with suppress(BrokenPipeError):  # it has ended; the next line says why
+            self._stream(self._process.stdin).write(f"{name}\n")
+            self._stream(self._process.stdin).flush()
         answer = Path(self._line())
         with safe_open(answer, framework="pt") as file:
             kind = (file.metadata() or {}).get("kind", "")
@@ -90,7 +92,9 @@ class Elsewhere:
         self._errors.seek(0)
         told = "\n".join(line.rstrip() for line in self._errors if "Loading weights" not in line)[-_SHOWN:]
         self.close()
-        raise ExportError(f"plain transformers, without this package, cannot load {self.folder.name}:\n{told}")
+        raise ExportError(
+            f"plain transformers, without this package, does not load {self.folder.name}, or fails on it:\n{told}"
+        )
 
     @staticmethod
     def _stream(stream: IO[str] | None) -> IO[str]:
@@ -101,7 +105,8 @@ class Elsewhere:
         """End the other interpreter."""
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None and not stream.closed:
-                stream.close()
+                with suppress(BrokenPipeError):
+                    stream.close()
         self._process.wait()
         self._errors.close()
         self._place.cleanup()

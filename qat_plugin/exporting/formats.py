@@ -109,7 +109,7 @@ FORMATS = {
         Format("torchao", "a transformers directory with torchao's tensors", "torchao_checkpoint"),
         Format(
             "compressed-tensors",
-            "a transformers directory in compressed-tensors' format, for vLLM",
+            "a transformers directory in compressed-tensors' format",
             "compressed",
             needs=("compressed_tensors",),
             extra="compressed-tensors",

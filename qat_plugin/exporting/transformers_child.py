@@ -20,8 +20,8 @@ def parts_of(model, name, folder):  # type: ignore[no-untyped-def]
         if "input_scale" in parts:  # loading may round it
             parts["stored_input_scale"] = stored(folder, stem)["input_scale"]
         return parts, kind
-    scheme = compressed_scheme(folder, stem, module)
-    if leaf == "weight" and scheme is not None:  # dequantized while it was loaded
+    scheme = compressed_scheme(folder, stem, module) if leaf == "weight" else None
+    if scheme is not None:  # dequantized while it was loaded
         parts, kind = unpacked(stored(folder, stem), scheme)
         return {**parts, "dense": module.weight.detach()}, kind
     if held is None:
@@ -81,6 +81,8 @@ def main():  # type: ignore[no-untyped-def]
     folder, place, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
     model, loaded = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    if "qat_plugin" in sys.modules:
+        raise RuntimeError("this interpreter has imported qat_plugin: it is no independent reader")
     wrong = {key: sorted(map(str, names)) for key, names in loaded.items() if names}
     print(f"loaded {wrong or ''}".strip(), flush=True)
     for line in sys.stdin:

@@ -13,9 +13,10 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from compressed_tensors.quantization import QuantizationConfig
 
 from qat_plugin.errors import ConfigError, ExportError
-from qat_plugin.exporting import export_model
+from qat_plugin.exporting import compressed, export_model
 from qat_plugin.exporting.compressed_layout import group_of, tensors_of
 from qat_plugin.exporting.contents import Exportable
+from qat_plugin.exporting.verification import Comparison
 from qat_plugin.numerics import Quantized, round_to_nearest
 from qat_plugin.scheme import Scheme
 from tests.exporting.tiny_llama import converted, dividing_its_input, logits, tokenizer
@@ -47,7 +48,7 @@ def test_a_mixed_model_is_proven_by_another_interpreter(tmp_path: Path) -> None:
     )  # fmt: skip
     found = made.verification
     assert found is not None and "without this package" in found.reader and "compressed-tensors" in found.reader
-    assert (found.tensors, found.integers, found.scales, found.floats, found.rounded) == (14, 0, 0, 7, 0)
+    assert (found.tensors, found.integers, found.scales, found.floats, found.rounded) == (14, 0, 0, 15, 0)
     assert found.error is not None and 0 < found.error < 0.1
     assert any("vLLM fuses model.layers.0.mlp.gate_proj, model.layers.0.mlp.up_proj" in note for note in found.notes)
     assert len(list(made.path.glob("model-*.safetensors"))) > 2 and (made.path / "tokenizer.json").is_file()
@@ -154,3 +155,19 @@ def test_what_it_cannot_hold_is_refused_and_nothing_written(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="fused='no' is not allowed: 'warn' or 'refuse'"):
         export_model(unequal, "compressed-tensors", tmp_path / "out", options={"fused": "no"})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_integer_scale_or_format_in_the_file_is_seen() -> None:
+    layer = next(iter(Exportable(converted({"attention": "w4a16-g32"}, (*KEEP, "ffn")), ()).layers.values()))
+    held = layer.integers
+    parts = {"weight": held.q.clone(), "weight_scale": held.scale.clone()}
+    seen = Comparison()
+    compressed._compare(seen, "x", layer, "pack-quantized", parts)
+    assert (seen.verification("").integers, seen.verification("").scales) == (0, 0)
+    parts["weight"][3, 5] += 1
+    parts["weight_scale"][0, 0] *= 2
+    compressed._compare(seen, "x", layer, "pack-quantized", parts)
+    found = seen.verification("")
+    assert found.integers == 1 and found.scales == float(held.scale[0, 0].abs())
+    with pytest.raises(ExportError, match="reads it as int-quantized"):
+        compressed._compare(seen, "x", layer, "int-quantized", parts)

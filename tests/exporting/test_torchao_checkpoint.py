@@ -11,8 +11,10 @@ import torch
 
 from qat_plugin import Policy, convert
 from qat_plugin.errors import ConfigError, ExportError
-from qat_plugin.exporting import export_model
+from qat_plugin.exporting import export_model, torchao_checkpoint
 from qat_plugin.exporting.contents import Exportable
+from qat_plugin.exporting.torchao_tensors import tensor_of
+from qat_plugin.exporting.verification import Comparison
 from qat_plugin.numerics import quantize_activation
 from tests.exporting.tiny_llama import converted, dividing_its_input, logits, tokenizer
 
@@ -35,7 +37,7 @@ def test_a_mixed_tied_model_is_proven_by_another_interpreter(tmp_path: Path) -> 
     )
     found = made.verification
     assert found is not None and "without this package" in found.reader
-    assert (found.tensors, found.integers, found.scales, found.floats, found.rounded) == (15, 0, 0, 5, 0)
+    assert (found.tensors, found.integers, found.scales, found.floats, found.rounded) == (15, 0, 0, 13, 0)
     assert found.error is not None and 0 < found.error < 0.1
     assert len(list(made.path.glob("model-*.safetensors"))) > 2
     assert (made.path / "tokenizer.json").is_file() and (made.path / "generation_config.json").is_file()
@@ -124,3 +126,17 @@ def test_gpt2s_transposed_weights_are_refused(tmp_path: Path) -> None:
     model = convert(GPT2LMHeadModel(config).eval(), Policy({"attention": "w8a16"}, keep=["embedding", "head"]))
     with pytest.raises(ExportError, match="Conv1D"):
         export_model(model, "torchao", tmp_path / "out")
+
+
+def test_another_integer_zero_point_or_class_in_the_file_is_seen() -> None:
+    layer = next(iter(Exportable(converted({"ffn": "w4a16-g32-asym"}, ("lm_head", "embedding")), ()).layers.values()))
+    tensor = tensor_of(layer.integers, torch.float32)
+    parts = {part: getattr(tensor, part).clone() for part in ("qdata", "scale", "zero_point")}
+    seen = Comparison()
+    torchao_checkpoint._compare(seen, "x", layer, "IntxUnpackedToInt8Tensor", parts)
+    assert (seen.verification("").integers, seen.verification("").scales) == (0, 0)
+    parts["zero_point"][2, 1] += 3 if parts["zero_point"][2, 1] < 0 else -3
+    torchao_checkpoint._compare(seen, "x", layer, "IntxUnpackedToInt8Tensor", parts)
+    assert seen.verification("").integers == 3
+    with pytest.raises(ExportError, match="transformers has a Int8Tensor"):
+        torchao_checkpoint._compare(seen, "x", layer, "Int8Tensor", parts)

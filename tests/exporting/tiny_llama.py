@@ -19,9 +19,13 @@ def llama(*, tied: bool = False, dtype: torch.dtype = torch.float32, ffn: int = 
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64, intermediate_size=ffn, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=128, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2,
+        vocab_size=128, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2, attention_bias=True,
     )  # fmt: skip
-    return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
+    model = LlamaForCausalLM._from_config(config, dtype=dtype).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 def converted(
