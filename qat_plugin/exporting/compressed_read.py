@@ -42,6 +42,7 @@ def read(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """
     check_shards(path)
     config = read_config(path)["quantization_config"]
+    _check_whole(config, path)
     network = empty_model(path, dtype, quantized=True)
     layers, plain = _sorted(_opened(path))
     names = model_names(network, [*plain, *(f"{stem}.weight" for stem in layers)], path)
@@ -57,6 +58,18 @@ def read(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
             _add(found, name, _group(config, stem, module, path), layers[stem])
     found.tell(path)
     return assemble(network, found.quantized, found.floats, dtype, path), tokenizer_of(path)
+
+
+def _check_whole(config: Mapping[str, Any], path: Path) -> None:
+    """Raise for what changes outputs beyond the layers' own integers."""
+    for part, what in (
+        ("transform_config", "rotates weights and activations"),
+        ("sparsity_config", "stores sparse weights"),
+        ("kv_cache_scheme", "quantizes the cache of keys and values"),
+    ):
+        given = config.get(part)
+        if given and (not isinstance(given, Mapping) or any(given.values())):
+            raise CheckpointError(f"{path} {what} ({part} of config.json's quantization_config): not read here")
 
 
 def _opened(path: Path) -> dict[str, Tensor]:

@@ -145,6 +145,15 @@ def test_layers_that_no_group_names_and_other_tensors_are_refused(tmp_path: Path
         qat_plugin.load(path)
 
 
+@pytest.mark.parametrize("part", ["transform_config", "kv_cache_scheme"])
+def test_what_changes_outputs_beyond_the_layers_is_refused(part: str, tmp_path: Path) -> None:
+    path, config = written(tmp_path)
+    config["quantization_config"][part] = {"num_bits": 8}
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"{part} of config.json.*not read here"):
+        qat_plugin.load(path)
+
+
 def test_reordered_groups_are_not_read_as_plain_ones(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
