@@ -71,7 +71,7 @@ def assemble(
         schemes[name.removesuffix(".weight")] = str(stored.integers.scheme)
     for name, tensor in floats.items():
         narrow = tensor.is_floating_point() and tensor.dtype != dtype and tensor.dim() > 1 and name in layers
-        if narrow and tensor.element_size() < torch.empty((), dtype=dtype).element_size():
+        if narrow and tensor.element_size() <= torch.empty((), dtype=dtype).element_size():
             weights[name] = CastWeight(tensor, dtype)
             schemes[name.removesuffix(".weight")] = _FLOATS[tensor.dtype]
         else:

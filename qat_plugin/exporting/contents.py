@@ -45,6 +45,15 @@ class Layer:
         zero_point = None if held.zero_point is None else held.zero_point.cpu()
         return Quantized(held.q.cpu(), held.scale.cpu(), zero_point, held.scheme)
 
+    @property
+    def outline(self) -> Quantized:
+        """The same without contents, on the meta device: shapes and types of what :attr:`integers` will give."""
+        scheme, (rows, columns) = self.scheme, (self.weight.out_features, self.weight.in_features)
+        groups = (1, 1) if scheme.per_tensor else (rows, columns // (scheme.group_size or columns))
+        q = torch.empty(rows, columns, dtype=torch.int8 if scheme.symmetric else torch.uint8, device="meta")
+        scale = torch.empty(groups, device="meta")
+        return Quantized(q, scale, None if scheme.symmetric else scale.to(torch.uint8), scheme)
+
 
 @dataclass(frozen=True)
 class Exportable:

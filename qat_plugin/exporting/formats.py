@@ -109,21 +109,20 @@ FORMATS = {
     for entry in (
         Format("converted", "this project's own files, with the model's configuration", "native"),
         Format("gguf", "GGUF", "gguf", suffix=".gguf"),
-        Format("torchao", "a Hugging Face torchao checkpoint", "torchao_checkpoint"),
-        Format("compressed-tensors", "compressed-tensors", "compressed", ("compressed_tensors",), "compressed-tensors"),
+        Format("torchao", "a transformers directory with torchao's tensors", "torchao_checkpoint"),
+        Format(
+            "compressed-tensors", "a transformers directory in compressed-tensors' format", "compressed",
+            needs=("compressed_tensors",), extra="compressed-tensors",
+        ),
         Format("onnx", "ONNX", "onnx", ("onnx", "onnxscript", "onnxruntime"), "onnx", ".onnx"),
         Format("executorch", "ExecuTorch", "executorch", ("executorch",), "executorch", ".pte"),
         Format("peft", "a peft adapter", "peft_adapter", ("peft",), "qlora", of_adapters=True),
         Format(
-            "bitsandbytes",
-            "a Hugging Face bitsandbytes checkpoint",
-            "bitsandbytes_checkpoint",
-            ("bitsandbytes",),
-            "qlora",
-            of_adapters=True,
+            "bitsandbytes", "a transformers directory with bitsandbytes' NF4", "bitsandbytes_checkpoint",
+            ("bitsandbytes",), "qlora", of_adapters=True,
         ),
     )
-}
+}  # fmt: skip
 
 
 def format_named(name: str) -> Format:

@@ -42,23 +42,26 @@ class Names:
     converted: list[str] = field(default_factory=list)
 
 
-def empty_model(folder: Path, dtype: torch.dtype) -> Any:
+def empty_model(folder: Path, dtype: torch.dtype, *, quantized: bool = False) -> Any:
     """The causal language model that ``config.json`` describes, in eval mode; its parameters are on the meta device.
 
     Args:
         folder: a transformers directory; only its configuration is read.
         dtype: float type of the parameters, as ``from_pretrained(dtype=...)`` takes it.
+        quantized: its files may be quantized; the model is float all the same.
 
     Raises:
         CheckpointError: when the configuration is of no known causal language model, needs code that lies in the
             directory, or is of a model whose files are quantized already.
     """
-    kind, ours = _checked_config(folder)
+    kind, ours = _checked_config(folder, quantized)
     with quiet_transformers(), known_noise_dropped():
         from transformers import AutoConfig
 
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
             model = empty_from_config(config, dtype)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
@@ -80,11 +83,11 @@ def empty_from_config(config: Any, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def _checked_config(folder: Path) -> tuple[str, str]:
+def _checked_config(folder: Path, quantized: bool) -> tuple[str, str]:
     """The model's type, and a remark for an error's end when the directory brings code of its own."""
     config = read_config(folder)
     kind = str(config.get("model_type"))
-    if "quantization_config" in config:
+    if "quantization_config" in config and not quantized:
         method = (config["quantization_config"] or {}).get("quant_method", "an unnamed method")
         raise CheckpointError(
             f"{folder} holds a model that is quantized already ({method}); give the original directory, whose weights "
