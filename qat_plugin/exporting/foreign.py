@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qat_plugin.errors import CheckpointError
 from qat_plugin.exporting.assemble import Stored
-from qat_plugin.numerics import Quantized, dequantize, round_scale
+from qat_plugin.numerics import Quantized, dequantize
 from qat_plugin.qlora.source import some
 from qat_plugin.scheme import Scheme
 
@@ -74,9 +74,8 @@ class Gathered:
 
 
 def _off_grid(q: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme) -> str:
-    if not torch.equal(round_scale(scale, significant_bits=8 if scheme.symmetric else 7), scale):
-        digits = "eight" if scheme.symmetric else "seven"
-        return f"their scales have more than {digits} significant bits, or are too small for fp16"
+    if not bool(torch.isfinite(scale).all()):
+        return "their scales are not finite"
     low, high = (int(bound) for bound in torch.aminmax(q)) if q.numel() else (0, 0)
     if low < scheme.qmin or high > scheme.qmax:
         return f"they hold integers from {low} to {high}, and the grid here is {scheme.qmin} to {scheme.qmax}"
