@@ -1,0 +1,84 @@
+"""The file as llama.cpp runs it (through llama-cpp-python): logits, perplexity, greedy text and tokens."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat_plugin.errors import ExportError
+from qat_plugin.exporting.contents import Exportable
+from qat_plugin.exporting.gguf.reference import Reference, perplexity
+from qat_plugin.exporting.gguf.strings import compare_tokens
+from qat_plugin.exporting.verification import relative_difference
+
+LOGITS = 2e-2
+"""Allowed relative error of logits: llama.cpp rounds activations to INT8 in blocks of 32."""
+PERPLEXITY = 2e-2
+"""Allowed relative difference of perplexity, for the same reason."""
+
+
+def installed() -> bool:
+    """Whether llama-cpp-python is there."""
+    return importlib.util.find_spec("llama_cpp") is not None
+
+
+def check(model: Exportable, path: Path, reference: Reference) -> list[str]:
+    """Run the file and say what was found.
+
+    Raises:
+        ExportError: when logits or perplexity are further from the reference than rounding of activations explains.
+    """
+    import llama_cpp
+
+    sample = model.sample["input_ids"] if not isinstance(model.sample, tuple) else model.sample[0]
+    needed = max(sample.shape[1], len(reference.ids or ()), len(reference.prompt) + len(reference.greedy))
+    runtime = _open(path, needed)
+    name = f"llama.cpp ({llama_cpp.__version__})"
+    found = torch.stack([_logits(runtime, row.tolist()) for row in sample])
+    error = relative_difference(found, reference.outputs)
+    notes = [f"{name}: logits by {error:.1e} relative (allowed {LOGITS:g}: it rounds activations to INT8 per 32)"]
+    failed = not error <= LOGITS
+    if reference.ids is not None:
+        theirs = perplexity(_logits(runtime, reference.ids), reference.ids)
+        notes.append(f"its perplexity of a short text {theirs:.4f} against {reference.perplexity:.4f}")
+        failed = failed or not abs(theirs / reference.perplexity - 1) <= PERPLEXITY
+        notes.append(_greedy(runtime, reference))
+        notes.append(compare_tokens(
+            "llama.cpp", model.tokenizer, lambda text: runtime.tokenize(text.encode(), add_bos=True, special=True)
+        ))  # fmt: skip
+    if failed:
+        raise ExportError(f"llama.cpp computes something else from {path.name}: {'; '.join(notes)}")
+    return notes
+
+
+def _open(path: Path, context: int) -> Any:
+    import llama_cpp
+
+    threads = torch.get_num_threads()
+    return llama_cpp.Llama(
+        str(path), n_ctx=context, n_batch=context, n_ubatch=context, n_threads=threads, n_threads_batch=threads,
+        logits_all=True, verbose=False, type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
+    )  # fmt: skip
+
+
+def _logits(runtime: Any, ids: list[int]) -> Tensor:
+    """[tokens, vocabulary]."""
+    runtime.reset()
+    runtime.eval(ids)
+    return torch.tensor(runtime.scores[: len(ids)])
+
+
+def _greedy(runtime: Any, reference: Reference) -> str:
+    runtime.reset()
+    runtime.eval(list(reference.prompt))
+    equal = 0
+    for token in reference.greedy:
+        if int(runtime.scores[runtime.n_tokens - 1].argmax()) != token:
+            break
+        equal += 1
+        runtime.eval([token])
+    return f"the first {equal} of {len(reference.greedy)} greedy tokens equal"

@@ -1,0 +1,65 @@
+"""The file as transformers reads it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qat_plugin.exporting.contents import Exportable
+from qat_plugin.exporting.gguf.strings import compare_tokens
+from qat_plugin.qlora.source import quiet_transformers
+
+_SET_BY_HAND = (
+    "head_dim", "rope_parameters", "query_pre_attn_scalar", "sliding_window", "layer_types", "attention_bias", "mlp_bias",
+    "attn_logit_softcapping", "final_logit_softcapping",
+)  # fmt: skip
+
+
+def version(package: str) -> str:
+    """Of an installed package."""
+    return importlib.metadata.version(package)
+
+
+def load(model: Exportable, path: Path) -> tuple[Any, list[str]]:
+    """The file's model in float32, and which settings had to be given to transformers, as it does not read them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with quiet_transformers():
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        given = []
+        for name in _SET_BY_HAND:
+            own = getattr(model.config, name, None)
+            if hasattr(config, name) and hasattr(model.config, name) and _differs(getattr(config, name), own):
+                setattr(config, name, own)
+                given.append(name)
+        network = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, config=config, dtype=torch.float32
+        )
+    told = [f"transformers does not read {', '.join(given)} from GGUF: given to it by hand"] if given else []
+    return network.eval(), told
+
+
+def tokenizer_notes(model: Exportable, path: Path) -> list[str]:
+    """How transformers' tokenizer of the file agrees with the model's own."""
+    if model.tokenizer is None:
+        return []
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            read = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # whatever it meets in a vocabulary that it does not know
+        return [f"transformers cannot read the vocabulary ({type(error).__name__}: {error})"]
+    return [compare_tokens("transformers", model.tokenizer, lambda text: list(read.encode(text)))]
+
+
+def _differs(read: Any, own: Any) -> bool:
+    if isinstance(own, dict) and isinstance(read, dict):
+        keys = {key for key, value in {**own, **read}.items() if value is not None}
+        return any(_differs(read.get(key), own.get(key)) for key in keys)
+    if isinstance(own, float) and isinstance(read, (int, float)):
+        return abs(own - read) > 1e-6 * abs(own)
+    return bool(read != own)

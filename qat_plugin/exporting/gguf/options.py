@@ -1,0 +1,58 @@
+"""What can be set of a GGUF file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from qat_plugin.errors import ConfigError, did_you_mean
+
+FLOAT_TYPES = ("exact", "f16", "bf16", "f32")
+INDIVISIBLE = ("refuse", "float")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of one file.
+
+    Raises:
+        ConfigError: for a value that is not allowed.
+    """
+
+    name: str = field(default="", metadata={"help": "general.name; by default the model's own name or its class"})
+    float_type: str = field(
+        default="exact",
+        metadata={
+            "help": "of matrices that are not quantized: exact (the narrowest of their own type, F16, BF16 and F32 that "
+            "holds them as they are), f16, bf16 or f32; norms and biases are always F32"
+        },
+    )
+    indivisible: str = field(
+        default="refuse",
+        metadata={
+            "help": "quantized layers that blocks of 32 do not tile: refuse, or float (written as F16 or F32 that hold "
+            "exactly the same numbers, and noted)"
+        },
+    )
+    pre_tokenizer: str = field(
+        default="",
+        metadata={"help": "tokenizer.ggml.pre of byte-level tokenizers; by default found by the tokenizer's pattern"},
+    )
+    outputs: bool = field(
+        default=True,
+        metadata={
+            "help": "verify outputs too: run the file in transformers (needs the model in float32) and, where "
+            "llama-cpp-python is installed, in llama.cpp"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        _check("float_type", self.float_type, FLOAT_TYPES)
+        _check("indivisible", self.indivisible, INDIVISIBLE)
+
+
+def _check(name: str, given: str, allowed: tuple[str, ...]) -> None:
+    if given not in allowed:
+        raise ConfigError(
+            f"{name}={given!r} is not allowed for format=gguf.{did_you_mean(str(given), allowed)} "
+            f"Allowed: {', '.join(allowed)}"
+        )

@@ -1,0 +1,80 @@
+"""What the file's numbers compute in float32: the other side of every comparison with a runtime."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat_plugin.exporting.contents import Exportable, outputs_of
+
+TEXT = (
+    "Once upon a time there was a little girl who lived near the forest. Every morning she walked to the river with her "
+    "dog, and every evening she told her mother what they had seen: a fox, two birds, an old boat. One day the dog ran "
+    "away into the trees and did not come back, so she took a lamp and went to look for him."
+)
+PROMPT = "Once upon a time"
+GREEDY = 24
+_LONGEST = 128
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Of one model.
+
+    Attributes:
+        outputs: logits of the sample, float32.
+        ids: tokens of a short text, or ``None`` without a tokenizer.
+        perplexity: of that text.
+        prompt: tokens of a prompt.
+        greedy: the tokens after it, the likeliest each time.
+    """
+
+    outputs: Tensor
+    ids: list[int] | None = None
+    perplexity: float = math.nan
+    prompt: tuple[int, ...] = ()
+    greedy: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, network: nn.Module, model: Exportable) -> Reference:
+        """Run a float network."""
+        outputs = outputs_of(network, model.sample)
+        if model.tokenizer is None:
+            return cls(outputs)
+        longest = min(_LONGEST, int(model.config.max_position_embeddings))
+        ids = encode(model.tokenizer, TEXT)[:longest]
+        prompt = encode(model.tokenizer, PROMPT)
+        logits = outputs_of(network, {"input_ids": torch.tensor([ids])})[0]
+        count = max(0, min(GREEDY, longest - len(prompt)))
+        return cls(outputs, ids, perplexity(logits, ids), tuple(prompt), _greedy(network, prompt, count))
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Ids as the tokenizer gives them, with what it puts around a text."""
+    encoded = tokenizer.encode(text)
+    return [int(index) for index in getattr(encoded, "ids", encoded)]
+
+
+def perplexity(logits: Tensor, ids: list[int]) -> float:
+    """exp of the mean negative log-likelihood of each token after the first.
+
+    Args:
+        logits: [tokens, vocabulary].
+        ids: as many.
+    """
+    loss = torch.nn.functional.cross_entropy(logits[:-1].double(), torch.tensor(ids[1:]))
+    return math.exp(float(loss))
+
+
+@torch.no_grad()
+def _greedy(network: nn.Module, prompt: list[int], count: int) -> tuple[int, ...]:
+    ids, past, found = torch.tensor([prompt]), None, []
+    for _ in range(count):
+        out = network(input_ids=ids, past_key_values=past, use_cache=True)
+        found.append(int(out.logits[0, -1].argmax()))
+        ids, past = torch.tensor([found[-1:]]), out.past_key_values
+    return tuple(found)
