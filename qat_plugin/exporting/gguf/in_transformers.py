@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,8 @@ from qat_plugin.exporting.gguf.strings import compare_tokens
 from qat_plugin.qlora.source import quiet_transformers
 
 _SET_BY_HAND = (
-    "head_dim", "rope_parameters", "query_pre_attn_scalar", "sliding_window", "layer_types", "attention_bias", "mlp_bias",
-    "attn_logit_softcapping", "final_logit_softcapping",
+    "head_dim", "rope_parameters", "query_pre_attn_scalar", "sliding_window", "layer_types", "attention_bias",
+    "mlp_bias", "attn_logit_softcapping", "final_logit_softcapping",
 )  # fmt: skip
 
 
@@ -35,9 +37,10 @@ def load(model: Exportable, path: Path) -> tuple[Any, list[str]]:
             if hasattr(config, name) and hasattr(model.config, name) and _differs(getattr(config, name), own):
                 setattr(config, name, own)
                 given.append(name)
-        network = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, config=config, dtype=torch.float32
-        )
+        with redirect_stderr(StringIO()):  # a progress bar that nothing else turns off; warnings are logged elsewhere
+            network = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, config=config, dtype=torch.float32
+            )
     told = [f"transformers does not read {', '.join(given)} from GGUF: given to it by hand"] if given else []
     return network.eval(), told
 

@@ -65,7 +65,8 @@ class Entry:
 
 def interleaved(rows: int, heads: int) -> NDArray[np.int64]:
     """Rows of q or k as llama.cpp rotates them: pairs side by side, not half a head apart."""
-    return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)
+    order: NDArray[np.int64] = np.arange(rows)
+    return order.reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)
 
 
 def layout(model: Exportable, options: Options) -> list[Entry]:

@@ -30,7 +30,10 @@ def notes_of(model: Exportable, options: Options, entries: Sequence[Entry]) -> I
         floats = [entry.source.removesuffix(".weight") for entry in entries
                   if entry.source in model.layers and entry.kind == kind]  # fmt: skip
         if floats:
-            yield f"{_counted(floats)}: written as {kind} with exactly their quantized numbers, as blocks of 32 do not tile them"
+            yield (
+                f"{_counted(floats)}: written as {kind} with exactly their quantized numbers, as blocks of 32 do not "
+                "tile them"
+            )
     yield from _window(model)
     yield from vocabulary_of(model, options).notes
 

@@ -22,8 +22,8 @@ class Options:
     float_type: str = field(
         default="exact",
         metadata={
-            "help": "of matrices that are not quantized: exact (the narrowest of their own type, F16, BF16 and F32 that "
-            "holds them as they are), f16, bf16 or f32; norms and biases are always F32"
+            "help": "of matrices that are not quantized: exact (their own 16-bit type, or the narrowest of F16, BF16 "
+            "and F32 that holds them as they are), f16, bf16 or f32; norms and biases are always F32"
         },
     )
     indivisible: str = field(

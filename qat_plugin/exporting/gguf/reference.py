@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from qat_plugin.exporting.contents import Exportable, outputs_of
 
 TEXT = (
-    "Once upon a time there was a little girl who lived near the forest. Every morning she walked to the river with her "
-    "dog, and every evening she told her mother what they had seen: a fox, two birds, an old boat. One day the dog ran "
+    "Once upon a time there was a little girl who lived near the forest. Every morning she walked to the river with "
+    "her dog, and every evening she told her mother what they had seen: a fox, two birds, an old boat. One day the dog ran "
     "away into the trees and did not come back, so she took a lamp and went to look for him."
 )
 PROMPT = "Once upon a time"

@@ -193,11 +193,11 @@ def _sentencepiece(content: Mapping[str, Any], tokens: list[str], types: list[in
         for cut in range(1, len(token))
         if token[:cut] in known and token[cut:] in known
     )
-    notes = ()
+    notes: tuple[str, ...] = ()
     if other:
         notes = (
-            f"llama.cpp may join {other} pairs of tokens that the tokenizer has no merge for (it merges by the score of "
-            "the result)",
+            f"llama.cpp may join {other} pairs of tokens that the tokenizer has no merge for (it merges by the "
+            "score of the result)",
         )
     return Vocabulary("llama", DEFAULT, scores=scores, merges=merges, notes=notes,
                       flags={"add_space_prefix": _adds_space(content)})  # fmt: skip
