@@ -136,7 +136,8 @@ def _blocks(kind: str, packed: Any) -> Bytes:
     packed = np.asarray(packed, np.uint8)
     if packed.ndim != 2 or packed.shape[1] % BYTES[kind]:
         raise ExportError(f"bytes of shape {packed.shape} are no rows of {kind} blocks ({BYTES[kind]} bytes each)")
-    return packed.reshape(len(packed), -1, BYTES[kind])
+    blocks: Bytes = packed.reshape(len(packed), -1, BYTES[kind])
+    return blocks
 
 
 def _half(out: Bytes, at: int, numbers: Numbers) -> None:

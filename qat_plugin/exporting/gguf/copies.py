@@ -27,9 +27,11 @@ def float_copy(model: Exportable, entries: Sequence[Entry]) -> nn.Module:
     kinds = {entry.source: entry.kind for entry in entries}
     tensors = {name: _numbers(tensor, kinds.get(name, "F32")) for name, tensor in state(model).items()}
     ties = {name: tensors[leader] for name, leader in model.ties.items()}
-    network: nn.Module = empty_from_config(config, torch.float32)
+    network = empty_from_config(config, torch.float32)
     network.load_state_dict({**tensors, **ties}, assign=True)
-    return network.eval()
+    network.tie_weights()  # assigned to each name, they are parameters of their own
+    copied: nn.Module = network.eval()
+    return copied
 
 
 def _numbers(tensor: Tensor, kind: str) -> Tensor:

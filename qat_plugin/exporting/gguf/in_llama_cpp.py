@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,10 @@ from qat_plugin.exporting.gguf.reference import Reference, perplexity
 from qat_plugin.exporting.gguf.strings import compare_tokens
 from qat_plugin.exporting.verification import relative_difference
 
-LOGITS = 2e-2
-"""Allowed relative error of logits: llama.cpp rounds activations to INT8 in blocks of 32."""
+LOGITS = 5e-3
+"""Allowed relative error of logits against the model that rounds the inputs of products as llama.cpp does."""
 PERPLEXITY = 2e-2
-"""Allowed relative difference of perplexity, for the same reason."""
+"""Allowed relative difference of perplexity against the model that does not round them."""
 
 
 def installed() -> bool:
@@ -39,8 +41,11 @@ def check(model: Exportable, path: Path, reference: Reference) -> list[str]:
     runtime = _open(path, needed)
     name = f"llama.cpp ({llama_cpp.__version__})"
     found = torch.stack([_logits(runtime, row.tolist()) for row in sample])
-    error = relative_difference(found, reference.outputs)
-    notes = [f"{name}: logits by {error:.1e} relative (allowed {LOGITS:g}: it rounds activations to INT8 per 32)"]
+    error, whole = (relative_difference(found, wanted) for wanted in (reference.rounded, reference.outputs))
+    notes = [
+        f"{name}: logits by {error:.1e} relative where inputs are rounded as it does (allowed {LOGITS:g}), by "
+        f"{whole:.1e} where they are not"
+    ]
     failed = not error <= LOGITS
     if reference.ids is not None:
         theirs = perplexity(_logits(runtime, reference.ids), reference.ids)
@@ -59,10 +64,11 @@ def _open(path: Path, context: int) -> Any:
     import llama_cpp
 
     threads = torch.get_num_threads()
-    return llama_cpp.Llama(
-        str(path), n_ctx=context, n_batch=context, n_ubatch=context, n_threads=threads, n_threads_batch=threads,
-        logits_all=True, verbose=False, type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
-    )  # fmt: skip
+    with redirect_stderr(StringIO()):  # it remarks on contexts longer than trained, which it rounds up to itself
+        return llama_cpp.Llama(
+            str(path), n_ctx=context, n_batch=context, n_ubatch=context, n_threads=threads, n_threads_batch=threads,
+            logits_all=True, verbose=False, type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
+        )  # fmt: skip
 
 
 def _logits(runtime: Any, ids: list[int]) -> Tensor:

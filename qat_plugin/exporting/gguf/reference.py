@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from qat_plugin.exporting.contents import Exportable, outputs_of
+from qat_plugin.exporting.gguf.layout import Entry
+from qat_plugin.exporting.gguf.runtime_rounding import rounding_inputs
 
 TEXT = (
     "Once upon a time there was a little girl who lived near the forest. Every morning she walked to the river with "
-    "her dog, and every evening she told her mother what they had seen: a fox, two birds, an old boat. One day the dog ran "
-    "away into the trees and did not come back, so she took a lamp and went to look for him."
+    "her dog, and every evening she told her mother what they had seen: a fox, two birds, an old boat. One day the dog "
+    "ran away into the trees and did not come back, so she took a lamp and went to look for him."
 )
 PROMPT = "Once upon a time"
 GREEDY = 24
@@ -27,6 +30,7 @@ class Reference:
 
     Attributes:
         outputs: logits of the sample, float32.
+        rounded: the same where inputs of products are rounded as llama.cpp does.
         ids: tokens of a short text, or ``None`` without a tokenizer.
         perplexity: of that text.
         prompt: tokens of a prompt.
@@ -34,23 +38,26 @@ class Reference:
     """
 
     outputs: Tensor
+    rounded: Tensor
     ids: list[int] | None = None
     perplexity: float = math.nan
     prompt: tuple[int, ...] = ()
     greedy: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, network: nn.Module, model: Exportable) -> Reference:
-        """Run a float network."""
+    def of(cls, network: nn.Module, model: Exportable, entries: Sequence[Entry]) -> Reference:
+        """Run a float copy of the model."""
         outputs = outputs_of(network, model.sample)
+        with rounding_inputs(network, entries):
+            inexact = outputs_of(network, model.sample)
         if model.tokenizer is None:
-            return cls(outputs)
+            return cls(outputs, inexact)
         longest = min(_LONGEST, int(model.config.max_position_embeddings))
         ids = encode(model.tokenizer, TEXT)[:longest]
         prompt = encode(model.tokenizer, PROMPT)
         logits = outputs_of(network, {"input_ids": torch.tensor([ids])})[0]
         count = max(0, min(GREEDY, longest - len(prompt)))
-        return cls(outputs, ids, perplexity(logits, ids), tuple(prompt), _greedy(network, prompt, count))
+        return cls(outputs, inexact, ids, perplexity(logits, ids), tuple(prompt), _greedy(network, prompt, count))
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

@@ -12,11 +12,12 @@ from qat_plugin.errors import ExportError
 from qat_plugin.exporting.gguf.families import head_dim
 
 _PLAIN = ("rope_type", "rope_theta", "type", "factor", "original_max_position_embeddings", "partial_rotary_factor")
+_FIXED = {"partial_rotary_factor": 1, "beta_fast": 32, "beta_slow": 1, "truncate": True}  # what llama.cpp computes with
 _OWN = {
     "default": (),
     "linear": (),
     "llama3": ("low_freq_factor", "high_freq_factor"),
-    "yarn": ("attention_factor", "beta_fast", "beta_slow"),
+    "yarn": ("attention_factor", *_FIXED),
 }
 
 
@@ -34,8 +35,10 @@ def rope_of(config: Any) -> dict[str, Any]:
     unknown = {key for key, value in found.items() if key not in _PLAIN + _OWN[kind] and value is not None}
     if unknown:
         raise ExportError(f"rope setting {', '.join(sorted(unknown))} (rope_type {kind}) has no place in this format")
-    if found.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise ExportError("partial_rotary_factor has no place in this format: whole heads are rotated")
+    other = {key: found[key] for key, value in _FIXED.items() if found.get(key, value) not in (None, value)}
+    if other:
+        fixed = ", ".join(f"{key}={value} (llama.cpp computes with {_FIXED[key]})" for key, value in other.items())
+        raise ExportError(f"rope setting {fixed} has no place in this format")
     if kind == "llama3" and config.model_type not in ("llama", "mistral"):
         raise ExportError(f"rope_type 'llama3' is read by llama.cpp for llama alone, this is {config.model_type}")
     return found
@@ -77,11 +80,7 @@ def add_rope(writer: Any, config: Any) -> None:
         writer.add_rope_scaling_orig_ctx_len(int(original))
         if rope.get("attention_factor") is not None:
             plain = 0.1 * math.log(float(rope["factor"])) + 1.0  # what llama.cpp multiplies by itself
-            writer.add_rope_scaling_yarn_attn_factor(float(rope["attention_factor"]) / plain)
-        if rope.get("beta_fast") is not None:
-            writer.add_rope_scaling_yarn_beta_fast(float(rope["beta_fast"]))
-        if rope.get("beta_slow") is not None:
-            writer.add_rope_scaling_yarn_beta_slow(float(rope["beta_slow"]))
+            writer.add_rope_scaling_attn_factors(float(rope["attention_factor"]) / plain)
 
 
 def frequency_factors(config: Any) -> Tensor | None:

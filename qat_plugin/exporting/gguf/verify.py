@@ -36,7 +36,7 @@ def verify_file(model: Exportable, path: Path, options: Options) -> Verification
     reader = f"gguf {in_transformers.version('gguf')}"
     if not options.outputs:
         return seen.verification(reader, reason="not asked for", notes=tuple(notes))
-    reference = Reference.of(float_copy(model, entries), model)
+    reference = Reference.of(float_copy(model, entries), model, entries)
     error, reason = (
         None,
         f"transformers does not read GGUF files of {family_of(model.config, model.network).architecture}",
