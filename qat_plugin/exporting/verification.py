@@ -28,6 +28,7 @@ class Verification:
         tolerance: what ``error`` may be.
         reason: why it is not 0, or why nothing ran the file, in a few words.
         notes: what else was checked, or what the file does not hold.
+        exact: whether the file is to hold the model's integers; otherwise differences are told, not demanded to be 0.
     """
 
     reader: str
@@ -40,9 +41,16 @@ class Verification:
     tolerance: float = 0.0
     reason: str = ""
     notes: tuple[str, ...] = ()
+    exact: bool = True
 
     def __str__(self) -> str:
         """One line."""
+        if not self.exact:
+            anew = f"{self.tensors} tensors read by {self.reader}, quantized anew: the trained grid is NOT kept"
+            parts = [f"{anew}, weights differ by at most {self.rounded:.1e} relative"]
+            if self.error is not None:
+                parts.append(f"outputs by {self.error:.1e}")
+            return "; ".join([*parts, *self.notes])
         same = f"{self.tensors} quantized tensors read by {self.reader}: integers differ by at most {self.integers:g}"
         parts = [f"{same}, scales by {self.scales:g}"]
         if self.floats:
@@ -61,6 +69,8 @@ class Verification:
         Raises:
             ExportError: when the file does not hold what was trained.
         """
+        if not self.exact:
+            return self
         if self.integers != 0 or self.scales != 0:
             raise ExportError(f"{path} does not hold the model's integers and scales: {self}")
         if self.error is not None and not self.error <= self.tolerance:

@@ -7,6 +7,7 @@ from pathlib import Path
 from qat_plugin.exporting.contents import Exportable
 from qat_plugin.exporting.formats import Told
 from qat_plugin.exporting.gguf.fits import refusal_of
+from qat_plugin.exporting.gguf.kquant import check_kquant, requantize
 from qat_plugin.exporting.gguf.layout import layout
 from qat_plugin.exporting.gguf.metadata import check_metadata
 from qat_plugin.exporting.gguf.options import Options
@@ -25,10 +26,12 @@ def refusals(model: Exportable, options: Options) -> list[Refusal]:
     Raises:
         ExportError: for an architecture, a setting of it or a tokenizer that GGUF has no place for.
     """
+    if options.kquant:
+        check_kquant(options)
     check_metadata(model)
     vocabulary_of(model, options)
-    found = [refusal_of(layer, options.indivisible) for layer in model.layers.values()]
-    refused = [refusal for refusal in found if refusal is not None]
+    layers = () if options.kquant else model.layers.values()  # llama.cpp quantizes the others' numbers anew
+    refused = [found for layer in layers if (found := refusal_of(layer, options.indivisible)) is not None]
     if not refused:
         layout(model, options)  # raises for parameters without a name
     return refused
@@ -36,7 +39,15 @@ def refusals(model: Exportable, options: Options) -> list[Refusal]:
 
 def write(model: Exportable, path: Path, options: Options, progress: Told) -> None:
     """Write the file."""
-    write_file(model, path, options, progress)
+    if not options.kquant:
+        write_file(model, path, options, progress)
+        return
+    floats = path.with_name(f"{path.name}.float")
+    try:
+        write_file(model, floats, options, progress)
+        requantize(floats, path, options)
+    finally:
+        floats.unlink(missing_ok=True)
 
 
 def verify(model: Exportable, path: Path, options: Options) -> Verification:

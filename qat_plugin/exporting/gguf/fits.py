@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+
+import torch
 
 from qat_plugin.errors import ExportError
 from qat_plugin.exporting.contents import Layer
 from qat_plugin.exporting.gguf.blocks import WEIGHTS, fp16_holds
 from qat_plugin.exporting.refusal import Refusal
+from qat_plugin.kernels.weight import QuantizedWeight
 from qat_plugin.numerics import Quantized
 from qat_plugin.scheme import Scheme
 
@@ -75,9 +77,9 @@ def check_numbers(held: Quantized) -> None:
         raise Misfit("fp16 does not hold every zero point times its scale exactly", str(_symmetric(held.scheme)))
 
 
-def float_type(numbers: Any) -> str:
-    """``F16`` when it holds each of the float32 numbers exactly, else ``F32``."""
-    return "F16" if fp16_holds(numbers) else "F32"
+def float_type(weight: QuantizedWeight) -> str:
+    """``F16`` when it holds each number that a weight stands for exactly, else ``F32``."""
+    return "F16" if fp16_holds(weight.dequantize(torch.float32).cpu().numpy()) else "F32"
 
 
 def refusal_of(layer: Layer, indivisible: str) -> Refusal | None:
@@ -100,7 +102,7 @@ def written_type(layer: Layer, indivisible: str) -> str:
         return block_type(layer)
     except Misfit as misfit:
         if misfit.tiling and indivisible == "float":
-            return float_type(layer.integers.dequantize().numpy())
+            return float_type(layer.weight)
         raise ExportError(str(misfit.refusal(layer))) from misfit
 
 

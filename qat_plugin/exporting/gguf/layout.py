@@ -15,10 +15,10 @@ from qat_plugin.errors import ExportError
 from qat_plugin.exporting.contents import Exportable
 from qat_plugin.exporting.gguf.blocks import BYTES, WEIGHTS, pack_q4_0, pack_q4_1, pack_q8_0
 from qat_plugin.exporting.gguf.families import Family, family_of
-from qat_plugin.exporting.gguf.fits import written_type
+from qat_plugin.exporting.gguf.fits import float_type, written_type
 from qat_plugin.exporting.gguf.options import Options
 from qat_plugin.exporting.gguf.rope import frequency_factors
-from qat_plugin.kernels.weight import CastWeight
+from qat_plugin.kernels.weight import CastWeight, QuantizedWeight
 from qat_plugin.numerics import Quantized
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -65,8 +65,8 @@ class Entry:
 
 def interleaved(rows: int, heads: int) -> NDArray[np.int64]:
     """Rows of q or k as llama.cpp rotates them: pairs side by side, not half a head apart."""
-    order: NDArray[np.int64] = np.arange(rows)
-    return order.reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)
+    order: NDArray[np.int64] = np.arange(rows).reshape(heads, 2, rows // heads // 2)
+    return np.ascontiguousarray(order.swapaxes(1, 2)).reshape(rows)
 
 
 def layout(model: Exportable, options: Options) -> list[Entry]:
@@ -84,7 +84,7 @@ def layout(model: Exportable, options: Options) -> list[Entry]:
             unknown.append(source)
         elif source in model.layers:
             layer = model.layers[source]
-            kind = written_type(layer, options.indivisible)
+            kind = float_type(layer.weight) if options.kquant else written_type(layer, options.indivisible)
             shape = (layer.weight.out_features, layer.weight.in_features)
             entries.append(Entry(target, source, kind, shape, names.heads(target)))
         else:
@@ -129,7 +129,7 @@ def numbers(model: Exportable, entry: Entry, tensor: Tensor) -> Tensor:
     """The float numbers an entry stands for, before the file's type rounds them: rows in the file's order.
 
     Args:
-        model: for the quantized layers that are written as floats, and the frequencies.
+        model: for the frequencies.
         entry: no block type.
         tensor: :func:`state`'s, of the entry's source.
     """
@@ -137,9 +137,7 @@ def numbers(model: Exportable, entry: Entry, tensor: Tensor) -> Tensor:
         factors = frequency_factors(model.config)
         assert factors is not None
         return factors
-    if entry.source in model.layers:
-        return integers(model, entry).dequantize()
-    tensor = tensor.cpu()
+    tensor = (tensor.dequantize(torch.float32) if isinstance(tensor, QuantizedWeight) else tensor).cpu()
     if entry.offset:
         tensor = tensor.float() + entry.offset
     rows = entry.rows()

@@ -22,6 +22,11 @@ def notes_of(model: Exportable, options: Options, entries: Sequence[Entry]) -> I
             f"{_counted(rounding)} round their inputs to INT8 per token here; runtimes of GGUF round in their own way "
             "(llama.cpp: INT8 per 32) or not at all"
         )
+    if options.kquant:
+        yield f"quantized to {options.kquant} by llama.cpp from the dequantized model"
+        yield from _window(model)
+        yield from vocabulary_of(model, options).notes
+        return
     narrow = [name for name, scheme in layers.items() if scheme.weight_bits < 4]
     if narrow:
         bits = "/".join(sorted({str(scheme.weight_bits) for scheme in layers.values() if scheme.weight_bits < 4}))

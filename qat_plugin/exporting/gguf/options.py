@@ -37,6 +37,15 @@ class Options:
         default="",
         metadata={"help": "tokenizer.ggml.pre of byte-level tokenizers; by default found by the tokenizer's pattern"},
     )
+    kquant: str = field(
+        default="",
+        metadata={
+            "help": "a type of llama.cpp, such as Q4_K_M: it quantizes the dequantized model anew (the trained grid is "
+            "not kept); needs llama-cpp-python, the extra gguf-k"
+        },
+    )
+    output_type: str = field(default="", metadata={"help": "with kquant: type of the head, such as Q8_0"})
+    embedding_type: str = field(default="", metadata={"help": "with kquant: type of the embedding, such as Q8_0"})
     outputs: bool = field(
         default=True,
         metadata={
@@ -48,6 +57,8 @@ class Options:
     def __post_init__(self) -> None:
         _check("float_type", self.float_type, FLOAT_TYPES)
         _check("indivisible", self.indivisible, INDIVISIBLE)
+        if (self.output_type or self.embedding_type) and not self.kquant:
+            raise ConfigError("output_type and embedding_type belong to kquant: the plan decides the others' types")
 
 
 def _check(name: str, given: str, allowed: tuple[str, ...]) -> None:

@@ -8,6 +8,7 @@ F16, BF16      that type
 F32            not rounded
 ============== =====================================================================
 
+GELU is looked up in a table of fp16 numbers.
 A float copy that rounds in the same places computes what the runtime does up to the order of its sums, so that a
 mistake in the file cannot hide behind the rounding.
 """
@@ -41,11 +42,21 @@ def rounding_inputs(network: nn.Module, entries: Sequence[Entry]) -> Iterator[No
 
     linears = [module for module in network.modules() if isinstance(module, nn.Linear)]
     hooks = [module.register_forward_pre_hook(rounding) for module in linears]
+    for name, module in network.named_modules():
+        if name.endswith(".act_fn") and "gelu" in type(module).__name__.lower():
+            hooks.append(module.register_forward_hook(_looked_up))
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _looked_up(gelu: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    """GELU, which llama.cpp looks up in a table of fp16 numbers between -10 and 10."""
+    (x,) = args
+    table = gelu.forward(x.half().to(x.dtype)).half().to(x.dtype)
+    return torch.where(x <= -10, 0.0, torch.where(x >= 10, x, table))
 
 
 def rounded(x: Tensor, kind: str) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,11 +33,11 @@ def verify_file(model: Exportable, path: Path, options: Options) -> Verification
     """
 
     entries = layout(model, options)
-    seen = compare_tensors(model, path, entries)
+    seen = compare_numbers(model, path, entries) if options.kquant else compare_tensors(model, path, entries)
     notes = list(notes_of(model, options, entries))
     reader = f"gguf {in_transformers.version('gguf')}"
     if not options.outputs:
-        return seen.verification(reader, reason="not asked for", notes=tuple(notes))
+        return _told(seen.verification(reader, reason="not asked for", notes=tuple(notes)), options)
     reference = Reference.of(float_copy(model, entries), model, entries)
     error, reason = (
         None,
@@ -49,10 +51,41 @@ def verify_file(model: Exportable, path: Path, options: Options) -> Verification
         del network
         notes += in_transformers.tokenizer_notes(model, path)
     if in_llama_cpp.installed():
-        notes += in_llama_cpp.check(model, path, reference)
+        notes += in_llama_cpp.check(model, path, reference, demand=not options.kquant)
     else:
         notes.append("llama.cpp is not installed here (llama-cpp-python): it has not run the file")
-    return seen.verification(reader, error=error, tolerance=TOLERANCE, reason=reason, notes=tuple(notes))
+    found = seen.verification(reader, error=error, tolerance=TOLERANCE, reason=reason, notes=tuple(notes))
+    return _told(found, options)
+
+
+def _told(found: Verification, options: Options) -> Verification:
+    return replace(found, exact=False, tensors=found.floats) if options.kquant else found
+
+
+def compare_numbers(model: Exportable, path: Path, entries: list[Entry]) -> Comparison:
+    """How far the numbers of a file that was quantized anew are from the model's.
+
+    Raises:
+        ExportError: when names or shapes differ.
+    """
+    import gguf
+
+    stored, held, seen = _stored(path, entries), state(model), Comparison()
+    for entry in entries:
+        tensor = stored[entry.name]
+        read = np.array(gguf.dequantize(tensor.data, tensor.tensor_type)).reshape(entry.shape)
+        seen.plain(entry.name, numbers(model, entry, held.get(entry.source, torch.empty(0))), torch.from_numpy(read))
+    return seen
+
+
+def _stored(path: Path, entries: list[Entry]) -> dict[str, Any]:
+    import gguf
+
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    if stored.keys() != {entry.name for entry in entries}:
+        other = sorted(stored.keys() ^ {entry.name for entry in entries})
+        raise ExportError(f"{path.name} holds other tensors than the model: {', '.join(other[:8])}")
+    return stored
 
 
 def compare_tensors(model: Exportable, path: Path, entries: list[Entry]) -> Comparison:
@@ -63,11 +96,7 @@ def compare_tensors(model: Exportable, path: Path, entries: list[Entry]) -> Comp
     """
     import gguf
 
-    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    if stored.keys() != {entry.name for entry in entries}:
-        other = sorted(stored.keys() ^ {entry.name for entry in entries})
-        raise ExportError(f"{path.name} holds other tensors than the model: {', '.join(other[:8])}")
-    seen, held = Comparison(), state(model)
+    stored, seen, held = _stored(path, entries), Comparison(), state(model)
     for entry in entries:
         tensor = stored[entry.name]
         if tensor.tensor_type.name != entry.kind or tuple(map(int, reversed(tensor.shape))) != entry.shape:
