@@ -52,7 +52,8 @@ def pack_q4_0(q: Any, scale: Any) -> Bytes:
     """Bytes [rows, columns / 32 * 18] of integers -8..7 (or of fewer bits); otherwise as :func:`pack_q8_0`."""
     q = np.asarray(q)
     out = _empty("Q4_0", q)
-    _half(out, 0, block_scales(scale, q.shape))
+    d = block_scales(scale, q.shape)
+    _half(out, 0, np.where(d == 0, np.float32(-0.0), d))  # the zero that ggml's own quantizer writes
     _nibbles(out, 2, (q.astype(np.int8, copy=False) + np.int8(8)).view(np.uint8))
     return out.reshape(len(q), -1)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -40,7 +40,7 @@ def block_type(layer: Layer) -> str:
     Raises:
         Misfit: when none of them holds it.
     """
-    scheme, weight = layer.scheme, layer.weight
+    scheme, weight, columns = layer.scheme, layer.weight, layer.weight.in_features
     if weight.usage == "conv":
         raise Misfit("convolutions have no place in these architectures")
     if weight.transposed:
@@ -49,16 +49,15 @@ def block_type(layer: Layer) -> str:
         raise Misfit("inputs are divided by a scale of their own, which has no place in the file; fold it away "
                      "(SmoothQuant and AWQ do where the layer before is linear)")  # fmt: skip
     if scheme.static:
-        raise Misfit("a calibrated activation scale has no place in the file", str(_dynamic(scheme)))
+        raise Misfit("a calibrated activation scale has no place in the file", str(replace(scheme, static=False)))
     if not scheme.is_integer:
         raise Misfit("its numbers are on no grid of GGUF", "w4a16-g32")
     if scheme.weight_bits == 8 and not scheme.symmetric:
-        raise Misfit("8-bit blocks have no zero point", str(_nearest(Scheme("integer", weight_bits=8), layer)))
-    columns = weight.in_features
+        raise Misfit("8-bit blocks have no zero point", str(_tiled(replace(scheme, symmetric=True), columns)))
     if columns % WEIGHTS:
         raise Misfit(f"rows of {columns} weights are not whole blocks of {WEIGHTS}", "fp16", tiling=True)
     if scheme.group_size is not None and scheme.group_size % WEIGHTS:
-        raise Misfit(f"groups of {scheme.group_size} are not whole blocks of {WEIGHTS}", str(_nearest(scheme, layer)),
+        raise Misfit(f"groups of {scheme.group_size} are not whole blocks of {WEIGHTS}", str(_tiled(scheme, columns)),
                      tiling=True)  # fmt: skip
     if scheme.weight_bits == 8:
         return "Q8_0"
@@ -74,7 +73,9 @@ def check_numbers(held: Quantized) -> None:
     if not fp16_holds(held.scale.numpy()):
         raise Misfit("fp16 does not hold every scale exactly")
     if held.zero_point is not None and not fp16_holds((held.zero_point.float() * held.scale).numpy()):
-        raise Misfit("fp16 does not hold every zero point times its scale exactly", str(_symmetric(held.scheme)))
+        raise Misfit(
+            "fp16 does not hold every zero point times its scale exactly", str(replace(held.scheme, symmetric=True))
+        )
 
 
 def float_type(weight: QuantizedWeight) -> str:
@@ -106,22 +107,10 @@ def written_type(layer: Layer, indivisible: str) -> str:
         raise ExportError(str(misfit.refusal(layer))) from misfit
 
 
-def _dynamic(scheme: Scheme) -> Scheme:
-    return Scheme("integer", weight_bits=scheme.weight_bits, activation_bits=8, group_size=scheme.group_size,
-                  per_tensor=scheme.per_tensor, symmetric=scheme.symmetric)  # fmt: skip
-
-
-def _symmetric(scheme: Scheme) -> Scheme:
-    return Scheme("integer", weight_bits=scheme.weight_bits, activation_bits=scheme.activation_bits,
-                  group_size=scheme.group_size, per_tensor=scheme.per_tensor)  # fmt: skip
-
-
-def _nearest(scheme: Scheme, layer: Layer) -> Scheme:
-    """The same with the activations of the layer's scheme and groups that blocks tile."""
-    size = layer.scheme.group_size
-    if size is None:
+def _tiled(scheme: Scheme, columns: int) -> Scheme:
+    """The same with the greatest groups, no greater than they are, that blocks tile."""
+    size = scheme.group_size
+    if size is None or size % WEIGHTS == 0:
         return scheme
-    fitting = [s for s in (256, 128, 64, 32) if layer.weight.in_features % s == 0]
-    chosen = next((s for s in fitting if s <= size), 32)
-    return Scheme("integer", weight_bits=scheme.weight_bits, activation_bits=layer.scheme.activation_bits,
-                  group_size=chosen, symmetric=scheme.symmetric)  # fmt: skip
+    fitting = [groups for groups in (256, 128, 64) if columns % groups == 0 and groups <= size]
+    return replace(scheme, group_size=max([WEIGHTS, *fitting]))

@@ -10,14 +10,19 @@ from typing import Any
 
 import torch
 
+from qat_plugin.errors import ExportError
 from qat_plugin.exporting.contents import Exportable
+from qat_plugin.exporting.gguf.families import family_of
+from qat_plugin.exporting.gguf.rope import rope_of
 from qat_plugin.exporting.gguf.strings import compare_tokens
 from qat_plugin.qlora.source import quiet_transformers
 
-_SET_BY_HAND = (
+_UNREAD = (
     "head_dim", "rope_parameters", "query_pre_attn_scalar", "sliding_window", "layer_types", "attention_bias",
     "mlp_bias", "attn_logit_softcapping", "final_logit_softcapping",
 )  # fmt: skip
+_READ = {"llama": ("head_dim",), "gemma2": ("head_dim", "sliding_window"), "gemma3": ("head_dim", "sliding_window")}
+"""What it does read of them, by architecture: never set by hand, so that a wrong key in the file shows."""
 
 
 def version(package: str) -> str:
@@ -32,9 +37,13 @@ def load(model: Exportable, path: Path) -> tuple[Any, list[str]]:
     with quiet_transformers():
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         given = []
-        for name in _SET_BY_HAND:
+        _check_base(config, model, path)
+        read = _READ.get(family_of(model.config, model.network).architecture, ())
+        for name in _UNREAD:
             own = getattr(model.config, name, None)
-            if hasattr(config, name) and hasattr(model.config, name) and _differs(getattr(config, name), own):
+            if name in read or not (hasattr(config, name) and hasattr(model.config, name)):
+                continue
+            if _differs(getattr(config, name), own):
                 setattr(config, name, own)
                 given.append(name)
         with redirect_stderr(StringIO()):  # a progress bar that nothing else turns off; warnings are logged elsewhere
@@ -57,6 +66,13 @@ def tokenizer_notes(model: Exportable, path: Path) -> list[str]:
     except Exception as error:  # whatever it meets in a vocabulary that it does not know
         return [f"transformers cannot read the vocabulary ({type(error).__name__}: {error})"]
     return [compare_tokens("transformers", model.tokenizer, lambda text: list(read.encode(text)))]
+
+
+def _check_base(config: Any, model: Exportable, path: Path) -> None:
+    """The base of rotation is read from the file, its scaling is not."""
+    read, own = (rope_of(settings).get("rope_theta") for settings in (config, model.config))
+    if _differs(read, own):
+        raise ExportError(f"{path.name} says rope.freq_base {read}, the model has {own}")
 
 
 def _differs(read: Any, own: Any) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from contextlib import redirect_stderr
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -46,11 +48,23 @@ def requantize(source: Path, target: Path, options: Options) -> None:
     if options.embedding_type:
         settings.token_embedding_type = _tensor_types()[options.embedding_type]
     said = StringIO()
-    with redirect_stderr(said):
+    with redirect_stderr(said), _talking():
         failed = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), settings)
     if failed:
         last = (said.getvalue().strip().splitlines() or [f"code {failed}"])[-1]
         raise ExportError(f"llama.cpp could not quantize to {options.kquant}: {last}")
+
+
+@contextmanager
+def _talking() -> Iterator[None]:
+    """With llama.cpp's messages, which a model that was opened quietly turned off for all."""
+    logger = logging.getLogger("llama-cpp-python")
+    level = logger.level
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _known(name: str, given: str, known: dict[str, int]) -> None:

@@ -48,7 +48,7 @@ class Reference:
     def of(cls, network: nn.Module, model: Exportable, entries: Sequence[Entry]) -> Reference:
         """Run a float copy of the model."""
         outputs = outputs_of(network, model.sample)
-        with rounding_inputs(network, entries):
+        with rounding_inputs(network, model, entries):
             inexact = outputs_of(network, model.sample)
         if model.tokenizer is None:
             return cls(outputs, inexact)
