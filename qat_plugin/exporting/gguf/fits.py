@@ -15,7 +15,7 @@ from qat_plugin.numerics import Quantized
 from qat_plugin.scheme import Scheme
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Misfit(Exception):
     """Why a layer does not fit.
 

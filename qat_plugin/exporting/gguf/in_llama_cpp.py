@@ -87,10 +87,10 @@ def _logits(runtime: Any, ids: list[int]) -> Tensor:
 def _greedy(runtime: Any, reference: Reference) -> str:
     runtime.reset()
     runtime.eval(list(reference.prompt))
-    equal = 0
-    for token in reference.greedy:
+    count = len(reference.greedy)
+    for equal, token in enumerate(reference.greedy):
         if int(runtime.scores[runtime.n_tokens - 1].argmax()) != token:
-            break
-        equal += 1
+            margin = reference.margins[equal]
+            return f"the first {equal} of {count} greedy tokens equal (then a choice between logits {margin:.2g} apart)"
         runtime.eval([token])
-    return f"the first {equal} of {len(reference.greedy)} greedy tokens equal"
+    return f"all {count} greedy tokens equal"

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
-from contextlib import redirect_stderr
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -30,26 +34,45 @@ def version(package: str) -> str:
     return importlib.metadata.version(package)
 
 
+def unable(model: Exportable) -> str:
+    """Why transformers cannot read the file, or nothing."""
+    family = family_of(model.config, model.network)
+    if not family.transformers:
+        return f"transformers does not read GGUF files of {family.architecture}"
+    if importlib.util.find_spec("accelerate") is None:
+        return "transformers reads GGUF files only where accelerate is installed"
+    return ""
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[tuple[str, str]]:
+    """The file as the only one of a folder: ``(folder, name)``. What lies beside it is not to be read."""
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        try:
+            os.link(path, Path(folder) / "model.gguf")
+        except OSError:  # a file system without hard links
+            os.symlink(path.absolute(), Path(folder) / "model.gguf")
+        yield folder, "model.gguf"
+
+
 def load(model: Exportable, path: Path) -> tuple[Any, list[str]]:
     """The file's model in float32, and which settings had to be given to transformers, as it does not read them."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with quiet_transformers():
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    with quiet_transformers(), alone(path) as (folder, name):
+        config = AutoConfig.from_pretrained(folder, gguf_file=name)
         given = []
         _check_base(config, model, path)
         read = _READ.get(family_of(model.config, model.network).architecture, ())
-        for name in _UNREAD:
-            own = getattr(model.config, name, None)
-            if name in read or not (hasattr(config, name) and hasattr(model.config, name)):
+        for setting in _UNREAD:
+            own = getattr(model.config, setting, None)
+            if setting in read or not (hasattr(config, setting) and hasattr(model.config, setting)):
                 continue
-            if _differs(getattr(config, name), own):
-                setattr(config, name, own)
-                given.append(name)
+            if _differs(getattr(config, setting), own):
+                setattr(config, setting, own)
+                given.append(setting)
         with redirect_stderr(StringIO()):  # a progress bar that nothing else turns off; warnings are logged elsewhere
-            network = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, config=config, dtype=torch.float32
-            )
+            network = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, config=config, dtype=torch.float32)
     told = [f"transformers does not read {', '.join(given)} from GGUF: given to it by hand"] if given else []
     return network.eval(), told
 
@@ -61,8 +84,8 @@ def tokenizer_notes(model: Exportable, path: Path) -> list[str]:
     from transformers import AutoTokenizer
 
     try:
-        with quiet_transformers():
-            read = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        with quiet_transformers(), alone(path) as (folder, name):
+            read = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     except Exception as error:  # whatever it meets in a vocabulary that it does not know
         return [f"transformers cannot read the vocabulary ({type(error).__name__}: {error})"]
     return [compare_tokens("transformers", model.tokenizer, lambda text: list(read.encode(text)))]

@@ -35,6 +35,7 @@ class Reference:
         perplexity: of that text.
         prompt: tokens of a prompt.
         greedy: the tokens after it, the likeliest each time.
+        margins: how far the logit of each is above the next best.
     """
 
     outputs: Tensor
@@ -43,6 +44,7 @@ class Reference:
     perplexity: float = math.nan
     prompt: tuple[int, ...] = ()
     greedy: tuple[int, ...] = ()
+    margins: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, network: nn.Module, model: Exportable, entries: Sequence[Entry]) -> Reference:
@@ -57,7 +59,7 @@ class Reference:
         prompt = encode(model.tokenizer, PROMPT)
         logits = outputs_of(network, {"input_ids": torch.tensor([ids])})[0]
         count = max(0, min(GREEDY, longest - len(prompt)))
-        return cls(outputs, inexact, ids, perplexity(logits, ids), tuple(prompt), _greedy(network, prompt, count))
+        return cls(outputs, inexact, ids, perplexity(logits, ids), tuple(prompt), *_greedy(network, prompt, count))
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -78,10 +80,14 @@ def perplexity(logits: Tensor, ids: list[int]) -> float:
 
 
 @torch.no_grad()
-def _greedy(network: nn.Module, prompt: list[int], count: int) -> tuple[int, ...]:
-    ids, past, found = torch.tensor([prompt]), None, []
+def _greedy(network: nn.Module, prompt: list[int], count: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    ids, past = torch.tensor([prompt]), None
+    tokens: list[int] = []
+    margins: list[float] = []
     for _ in range(count):
         out = network(input_ids=ids, past_key_values=past, use_cache=True)
-        found.append(int(out.logits[0, -1].argmax()))
-        ids, past = torch.tensor([found[-1:]]), out.past_key_values
-    return tuple(found)
+        best = out.logits[0, -1].topk(2)
+        tokens.append(int(best.indices[0]))
+        margins.append(float(best.values[0] - best.values[1]))
+        ids, past = torch.tensor([tokens[-1:]]), out.past_key_values
+    return tuple(tokens), tuple(margins)

@@ -14,13 +14,12 @@ from qat_plugin.exporting.contents import Exportable, outputs_of
 from qat_plugin.exporting.gguf import in_llama_cpp, in_transformers
 from qat_plugin.exporting.gguf.blocks import block_scales, unpack_q4_0, unpack_q4_1, unpack_q8_0, zero_points
 from qat_plugin.exporting.gguf.copies import float_copy
-from qat_plugin.exporting.gguf.families import family_of
 from qat_plugin.exporting.gguf.layout import Entry, integers, layout, numbers, state
 from qat_plugin.exporting.gguf.notes import notes_of
 from qat_plugin.exporting.gguf.options import Options
 from qat_plugin.exporting.gguf.reference import Reference
 from qat_plugin.exporting.verification import Comparison, Verification, relative_difference
-from qat_plugin.numerics import Quantized
+from qat_plugin.numerics import Quantized, row_chunks
 
 TOLERANCE = 1e-5
 
@@ -31,7 +30,6 @@ def verify_file(model: Exportable, path: Path, options: Options) -> Verification
     Raises:
         ExportError: when the file lacks a tensor or has one too many, or a runtime computes something else.
     """
-
     entries = layout(model, options)
     seen = compare_numbers(model, path, entries) if options.kquant else compare_tensors(model, path, entries)
     notes = list(notes_of(model, options, entries))
@@ -39,13 +37,11 @@ def verify_file(model: Exportable, path: Path, options: Options) -> Verification
     if not options.outputs:
         return _told(seen.verification(reader, reason="not asked for", notes=tuple(notes)), options)
     reference = Reference.of(float_copy(model, entries), model, entries)
-    error, reason = (
-        None,
-        f"transformers does not read GGUF files of {family_of(model.config, model.network).architecture}",
-    )
-    if family_of(model.config, model.network).transformers:
+    error: float | None = None
+    reason = in_transformers.unable(model)
+    if not reason:
         network, told = in_transformers.load(model, path)
-        error, reason = relative_difference(outputs_of(network, model.sample), reference.outputs), ""
+        error = relative_difference(outputs_of(network, model.sample), reference.outputs)
         reader += f" and transformers {in_transformers.version('transformers')}"
         notes += told
         del network
@@ -133,5 +129,9 @@ def _compare_blocks(seen: Comparison, entry: Entry, held: Quantized, tensor: obj
         q, d = (unpack_q8_0 if entry.kind == "Q8_0" else unpack_q4_0)(data)
         expanded = Quantized(held.q, scale, None, held.scheme)
     seen.quantized(entry.name, expanded, torch.from_numpy(q), torch.from_numpy(d), zero)
-    if not np.array_equal(gguf.dequantize(data, gguf.GGMLQuantizationType[entry.kind]), held.dequantize().numpy()):
-        raise ExportError(f"{entry.name}: the gguf package reads other numbers from its blocks than the model holds")
+    kind = gguf.GGMLQuantizationType[entry.kind]
+    for rows in row_chunks(held.q):
+        if not np.array_equal(gguf.dequantize(data[rows], kind), held.rows(rows).dequantize().numpy()):
+            raise ExportError(
+                f"{entry.name}: the gguf package reads other numbers from its blocks than the model holds"
+            )

@@ -57,9 +57,9 @@ def test_llama_cpp_computes_every_type_of_block(scheme: str, tmp_path: Path) -> 
     "tokenizer",
     [
         byte_level(), byte_level(LLAMA3_PATTERN, ignore_merges=True, bos=True), byte_level(QWEN2),
-        sentencepiece_like(), sentencepiece_like(prefix=False),
+        sentencepiece_like(), sentencepiece_like(prefix=False), sentencepiece_like(prefix=False, metaspace=True),
     ],
-    ids=["gpt-2", "llama-bpe", "qwen2", "llama-2", "gemma"],
+    ids=["gpt-2", "llama-bpe", "qwen2", "llama-2", "gemma", "metaspace"],
 )  # fmt: skip
 def test_llama_cpp_gives_the_tokenizers_ids_on_odd_strings(tokenizer: Any, tmp_path: Path) -> None:
     model = convert(network("Llama", vocab_size=500, num_hidden_layers=1), "w8a16")

@@ -47,7 +47,7 @@ def byte_level(pattern: str | None = None, *, ignore_merges: bool = False, bos: 
     return wrapped(bpe, bos_token="<|begin|>", eos_token="<|end|>")
 
 
-def sentencepiece_like(*, prefix: bool = True) -> Any:
+def sentencepiece_like(*, prefix: bool = True, metaspace: bool = False) -> Any:
     """BPE over pieces with byte tokens, every way of joining a piece among its merges: Llama 2's form, or Gemma's."""
     words = sorted({word for line in LINES for word in line.split()}, key=len)
     pieces = [chr(code) for code in range(33, 127)] + ["▁", "日", "本", "é"]
@@ -66,7 +66,10 @@ def sentencepiece_like(*, prefix: bool = True) -> Any:
     ]
     bpe = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     replace = normalizers.Replace(" ", "▁")
-    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace]) if prefix else replace
+    if metaspace:
+        bpe.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first" if prefix else "never", split=False)
+    else:
+        bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace]) if prefix else replace
     bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     bpe.add_special_tokens(["<unk>", "<s>", "</s>"])
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
