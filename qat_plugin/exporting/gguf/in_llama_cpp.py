@@ -18,7 +18,11 @@ from qat_plugin.exporting.gguf.strings import compare_tokens
 from qat_plugin.exporting.verification import relative_difference
 
 LOGITS = 5e-3
-"""Allowed relative error of logits against the model that rounds the inputs of products as llama.cpp does."""
+"""Allowed relative error of logits against the model that rounds the inputs of products as llama.cpp does.
+
+In deep models an input on the border of two integers may fall to either side and move all that follow, so that twice
+what the rounding itself moves the logits is allowed where that is more.
+"""
 PERPLEXITY = 2e-2
 """Allowed relative difference of perplexity against the model that does not round them."""
 
@@ -48,11 +52,12 @@ def check(model: Exportable, path: Path, reference: Reference, *, demand: bool =
     name = f"llama.cpp ({llama_cpp.__version__})"
     found = torch.stack([_logits(runtime, row.tolist()) for row in sample])
     error, whole = (relative_difference(found, wanted) for wanted in (reference.rounded, reference.outputs))
-    rounding = f"{error:.1e} relative where inputs are rounded as it does (allowed {LOGITS:g}), by "
+    allowed = max(LOGITS, 2 * relative_difference(reference.rounded, reference.outputs))
+    rounding = f"{error:.1e} relative where inputs are rounded as it does (allowed {allowed:.1e}), by "
     notes = [f"{name}: logits by {rounding}{whole:.1e} where they are not"]
     if not demand:
         notes = [f"{name}: logits by {whole:.1e} relative"]
-    failed = not error <= LOGITS
+    failed = not error <= allowed
     if reference.ids is not None:
         theirs = perplexity(_logits(runtime, reference.ids), reference.ids)
         notes.append(f"its perplexity of a short text {theirs:.4f} against {reference.perplexity:.4f}")
