@@ -137,8 +137,13 @@ def _tokens(content: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]
     greatest = max(by_id)
     if greatest >= rows:
         raise ExportError(f"the tokenizer has a token {greatest} ({by_id[greatest]!r}), the model only {rows} rows")
-    tokens = [by_id.get(index, f"[PAD{index}]") for index in range(rows)]
-    return tokens, [types.get(index, UNUSED) for index in range(rows)]
+    tokens = [by_id.get(index, _unused(index)) for index in range(rows)]
+    # a vocabulary that was read from a file has the names of unused ones
+    return tokens, [UNUSED if tokens[index] == _unused(index) else types[index] for index in range(rows)]
+
+
+def _unused(index: int) -> str:
+    return f"[PAD{index}]"
 
 
 def _special_ids(tokenizer: Any) -> dict[str, int]:
