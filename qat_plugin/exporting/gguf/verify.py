@@ -19,7 +19,10 @@ from qat_plugin.exporting.gguf.notes import notes_of
 from qat_plugin.exporting.gguf.options import Options
 from qat_plugin.exporting.gguf.reference import Reference
 from qat_plugin.exporting.verification import Comparison, Verification, relative_difference
+from qat_plugin.measure import parameter_count
+from qat_plugin.measure.host_memory import available_bytes
 from qat_plugin.numerics import Quantized, row_chunks
+from qat_plugin.policy.plan import human_bytes
 
 TOLERANCE = 1e-5
 
@@ -34,8 +37,9 @@ def verify_file(model: Exportable, path: Path, options: Options) -> Verification
     seen = compare_numbers(model, path, entries) if options.kquant else compare_tensors(model, path, entries)
     notes = list(notes_of(model, options, entries))
     reader = f"gguf {in_transformers.version('gguf')}"
-    if not options.outputs:
-        return _told(seen.verification(reader, reason="not asked for", notes=tuple(notes)), options)
+    unasked = _too_large(model) if options.outputs else "not asked for"
+    if unasked:
+        return _told(seen.verification(reader, reason=unasked, notes=tuple(notes)), options)
     reference = Reference.of(float_copy(model, entries), model, entries)
     error: float | None = None
     reason = in_transformers.unable(model)
@@ -52,6 +56,14 @@ def verify_file(model: Exportable, path: Path, options: Options) -> Verification
         notes.append("llama.cpp is not installed here (llama-cpp-python): it has not run the file")
     found = seen.verification(reader, error=error, tolerance=TOLERANCE, reason=reason, notes=tuple(notes))
     return _told(found, options)
+
+
+def _too_large(model: Exportable) -> str:
+    """Why there is no room to run the model in float32, or nothing."""
+    needed, free = 2 * 4 * parameter_count(model.network), available_bytes()
+    if free is None or needed <= free:
+        return ""
+    return f"running it in float32 takes about {human_bytes(needed)} of memory, {human_bytes(free)} are free"
 
 
 def _told(found: Verification, options: Options) -> Verification:
