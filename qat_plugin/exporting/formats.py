@@ -7,7 +7,8 @@ A format's module has
 * ``write(model, path, options, progress) -> None``: writes the file (or fills the empty folder) ``path``, tensor by
   tensor; ``path`` is a temporary place, moved to its own when verified;
 * ``verify(model, path, options) -> Verification``: reads it back with something that is not this package;
-* ``usage(model, path, options) -> str``: how it is loaded, as three lines of code or a command.
+* ``usage(model, path, options) -> str``: how it is loaded, as three lines of code or a command;
+* ``keeps_integers(options) -> bool``, only where an option gives them up.
 """
 
 from __future__ import annotations

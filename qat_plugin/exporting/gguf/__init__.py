@@ -17,7 +17,7 @@ from qat_plugin.exporting.gguf.write import write_file
 from qat_plugin.exporting.refusal import Refusal
 from qat_plugin.exporting.verification import Verification
 
-__all__ = ["Options", "refusals", "usage", "verify", "write"]
+__all__ = ["Options", "keeps_integers", "refusals", "usage", "verify", "write"]
 
 
 def refusals(model: Exportable, options: Options) -> list[Refusal]:
@@ -53,6 +53,11 @@ def write(model: Exportable, path: Path, options: Options, progress: Told) -> No
 def verify(model: Exportable, path: Path, options: Options) -> Verification:
     """Read it with gguf, transformers and, where it is installed, llama.cpp."""
     return verify_file(model, path, options)
+
+
+def keeps_integers(options: Options) -> bool:
+    """Whether the file holds the model's own integers: not where llama.cpp quantizes anew."""
+    return not options.kquant
 
 
 def usage(model: Exportable, path: Path, options: Options) -> str:

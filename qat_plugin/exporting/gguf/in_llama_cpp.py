@@ -76,10 +76,13 @@ def _open(path: Path, context: int) -> Any:
 
     threads = torch.get_num_threads()
     with redirect_stderr(StringIO()):  # it remarks on contexts longer than trained, which it rounds up to itself
-        return llama_cpp.Llama(
-            str(path), n_ctx=context, n_batch=context, n_ubatch=context, n_threads=threads, n_threads_batch=threads,
-            logits_all=True, verbose=False, type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
-        )  # fmt: skip
+        try:
+            return llama_cpp.Llama(
+                str(path), n_ctx=context, n_batch=context, n_ubatch=context, n_threads=threads, n_threads_batch=threads,
+                logits_all=True, verbose=False, type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
+            )  # fmt: skip
+        except ValueError as error:
+            raise ExportError(f"llama.cpp {llama_cpp.__version__} cannot open {path.name}: {error}") from error
 
 
 def _logits(runtime: Any, ids: list[int]) -> Tensor:

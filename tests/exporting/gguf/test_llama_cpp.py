@@ -122,6 +122,7 @@ def test_k_quants_are_said_not_to_keep_the_grid(tmp_path: Path) -> None:
     found = made.verification
     assert found is not None and not found.exact and 0.01 < found.rounded < 0.2
     assert found.error is not None and found.error > 1e-3 and "the trained grid is NOT kept" in str(made)
+    assert "are NOT in it" in made.card.read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "model.gguf.md"]
 
 
