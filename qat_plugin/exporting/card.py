@@ -53,13 +53,13 @@ def model_card(
     """
     proven = "It was not read back." if verification is None else f"{verification}."
     kept = (
-        "The integers and scales in it are those that the model was trained or calibrated with."
+        "The integers and scales in it are those that the model was trained or calibrated with"
         if exact
-        else "Its weights were quantized anew for this file: the integers that the model was trained with are NOT in it."
+        else "Its weights were quantized anew for this file: the integers that the model was trained with are NOT in it"
     )
     parts = [
         f"# {facts.title or type(model.network).__name__}, {chosen.title}",
-        f"Quantized by qat_plugin. {kept} Read back: {proven}",
+        f"Quantized by qat_plugin. {kept}. Read back: {proven}",
         f"## Load\n\n```\n{usage.strip()}\n```",
         table_of(_sizes(model, chosen, size)),
     ]
