@@ -31,7 +31,14 @@ class CardFacts:
 
 
 def model_card(
-    model: Exportable, chosen: Format, usage: str, size: int, verification: Verification | None, facts: CardFacts
+    model: Exportable,
+    chosen: Format,
+    usage: str,
+    size: int,
+    verification: Verification | None,
+    facts: CardFacts,
+    *,
+    exact: bool = True,
 ) -> str:
     """Markdown.
 
@@ -42,12 +49,17 @@ def model_card(
         size: bytes on disk.
         verification: what reading it back has shown.
         facts: what is known of its training.
+        exact: whether it holds the model's own integers.
     """
     proven = "It was not read back." if verification is None else f"{verification}."
+    kept = (
+        "The integers and scales in it are those that the model was trained or calibrated with"
+        if exact
+        else "Its weights were quantized anew for this file: the integers that the model was trained with are NOT in it"
+    )
     parts = [
         f"# {facts.title or type(model.network).__name__}, {chosen.title}",
-        "Quantized by qat_plugin. The integers and scales in it are those that the model was trained or calibrated "
-        f"with. Read back: {proven}",
+        f"Quantized by qat_plugin. {kept}. Read back: {proven}",
         f"## Load\n\n```\n{usage.strip()}\n```",
         table_of(_sizes(model, chosen, size)),
     ]

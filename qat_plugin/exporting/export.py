@@ -121,7 +121,9 @@ def _written(
                 writer.write(model, temporary, settings, advance)
             found = writer.verify(model, temporary, settings).check(target.name) if verify else None
             usage = writer.usage(model, target, settings)
-            text = model_card(model, chosen, usage, file_bytes(temporary), found, facts or CardFacts())
+            kept = getattr(writer, "keeps_integers", lambda _: True)(settings)
+            size = file_bytes(temporary)
+            text = model_card(model, chosen, usage, size, found, facts or CardFacts(), exact=kept)
             if not chosen.suffix:
                 write_text(temporary / "README.md", text)
     except OSError as error:

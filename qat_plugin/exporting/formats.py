@@ -7,7 +7,8 @@ A format's module has
 * ``write(model, path, options, progress) -> None``: writes the file (or fills the empty folder) ``path``, tensor by
   tensor; ``path`` is a temporary place, moved to its own when verified;
 * ``verify(model, path, options) -> Verification``: reads it back with something that is not this package;
-* ``usage(model, path, options) -> str``: how it is loaded, as three lines of code or a command.
+* ``usage(model, path, options) -> str``: how it is loaded, as three lines of code or a command;
+* ``keeps_integers(options) -> bool``, only where an option gives them up.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ FORMATS = {
     entry.name: entry
     for entry in (
         Format("converted", "this project's own files, with the model's configuration", "native"),
-        Format("gguf", "GGUF", "gguf", suffix=".gguf"),
+        Format("gguf", "GGUF, for llama.cpp and its kin", "gguf", needs=("gguf",), suffix=".gguf"),
         Format("torchao", "a transformers directory with torchao's tensors", "torchao_checkpoint"),
         Format(
             "compressed-tensors", "a transformers directory in compressed-tensors' format", "compressed",

@@ -14,16 +14,17 @@ from qat_plugin.errors import CheckpointError, DataError
 from qat_plugin.models.loading import load_causal_lm
 from qat_plugin.qlora.source import read_config
 
+_GGUF: Final = "gguf"
 _FLOAT: Final = "float"
 _READERS: Final = {
     "converted": "native",
-    "gguf": "gguf.read",
+    _GGUF: "gguf.read",
     "torchao": "torchao_read",
     "compressed-tensors": "compressed_read",
 }
 
 
-def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+def load(path: str | Path, *, dtype: torch.dtype = torch.float32, checksums: bool = True) -> tuple[nn.Module, Any]:
     """A language model from a file or folder, on this project's kernels where the grids agree.
 
     What a file holds on one of our grids (GGUF's Q4_0, Q4_1, Q8_0; compressed-tensors' and torchao's INT4 and INT8)
@@ -34,6 +35,8 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[nn.Mo
         path: a ``.gguf`` file, or a folder: an export of this project, a transformers directory whose
             ``quantization_config`` is torchao's or compressed-tensors', or a plain float one.
         dtype: the float type to run in.
+        checksums: of a GGUF file that this project sealed: refuse it when it was changed. Programs that quantize such a
+            file anew copy its keys: ``False`` reads theirs.
 
     Returns:
         ``(model, tokenizer)``, the model in eval mode on the CPU; the tokenizer is ``None`` where the file has none.
@@ -47,7 +50,8 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[nn.Mo
     if kind == _FLOAT:
         return load_causal_lm(place, dtype=dtype)
     module: Any = importlib.import_module(f"qat_plugin.exporting.{_READERS[kind]}")
-    model, tokenizer = module.read(place, dtype)
+    options = {"checksums": checksums} if kind == _GGUF else {}
+    model, tokenizer = module.read(place, dtype, **options)
     return model, tokenizer
 
 
@@ -61,7 +65,7 @@ def kind_of(path: Path) -> str:
     if path.is_file():
         with path.open("rb") as file:
             if file.read(4) == b"GGUF":
-                return "gguf"
+                return _GGUF
         raise CheckpointError(f"{path} is no GGUF file (it does not begin with GGUF), and other formats are folders")
     if not path.is_dir():
         raise DataError(f"there is nothing at {path} (looked for {path.absolute()}); give a .gguf file or a folder")
@@ -71,6 +75,6 @@ def kind_of(path: Path) -> str:
     if method is None:
         return _FLOAT
     if method not in _READERS:
-        known = ", ".join(name for name in _READERS if name not in ("converted", "gguf"))
+        known = ", ".join(name for name in _READERS if name not in ("converted", _GGUF))
         raise CheckpointError(f"{path} is quantized by {method!r}; what can be read here: GGUF, {known}")
     return str(method)

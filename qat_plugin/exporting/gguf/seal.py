@@ -56,7 +56,10 @@ def check_seal(header: Header) -> None:
         return
     _check_keys(header)
     if header.metadata[SEAL] != _header_digest(header):
-        raise CheckpointError(f"{header.path} is damaged: its header does not match its checksum ({SEAL})")
+        raise CheckpointError(
+            f"{header.path} is damaged: its header does not match its checksum ({SEAL}). If another program made it of "
+            "such a file and copied the key (llama-quantize does), read it with checksums=False"
+        )
     if header.metadata[DATA_SEAL] != _data_digest(header):
         raise CheckpointError(
             f"{header.path} is damaged or was cut short: its tensors do not match their checksum ({DATA_SEAL})"

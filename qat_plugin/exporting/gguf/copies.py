@@ -1,0 +1,41 @@
+"""The float model that a file stands for: every weight dequantized, or rounded as the file rounds it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat_plugin.exporting.contents import Exportable
+from qat_plugin.exporting.gguf.layout import DTYPES, Entry, state
+from qat_plugin.kernels.weight import QuantizedWeight
+from qat_plugin.qlora.architecture import empty_from_config
+
+
+def float_copy(model: Exportable, entries: Sequence[Entry]) -> nn.Module:
+    """The model in float32 with the numbers of the file, computing weight-only: activations are never rounded.
+
+    Args:
+        model: converted.
+        entries: of the file; where they hold a float tensor in a narrower type, the copy has its rounded numbers.
+    """
+    config: Any = copy.deepcopy(model.config)
+    config.tie_word_embeddings = any(name.startswith("lm_head") for name in model.ties)
+    kinds = {entry.source: entry.kind for entry in entries}
+    tensors = {name: _numbers(tensor, kinds.get(name, "F32")) for name, tensor in state(model).items()}
+    ties = {name: tensors[leader] for name, leader in model.ties.items()}
+    network = empty_from_config(config, torch.float32)
+    network.load_state_dict({**tensors, **ties}, assign=True)
+    network.tie_weights()  # assigned to each name, they are parameters of their own
+    copied: nn.Module = network.eval()
+    return copied
+
+
+def _numbers(tensor: Tensor, kind: str) -> Tensor:
+    if isinstance(tensor, QuantizedWeight):
+        return tensor.dequantize(torch.float32).cpu()
+    narrow = tensor.dim() > 1 and kind in DTYPES
+    return (tensor.to(DTYPES[kind]) if narrow else tensor).to("cpu", torch.float32)
