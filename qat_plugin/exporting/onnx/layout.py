@@ -39,7 +39,8 @@ class Blocks:
     """MatMulNBits' layout of an [N, K] weight.
 
     Values are unsigned (a symmetric integer plus half the range), of 4 bits two to a byte with the first in the low
-    nibble; rows are cut into blocks of a power of two of at least 16, the last of them filled up. Scales are repeated where a group of ours is several blocks.
+    nibble; rows are cut into blocks of a power of two of at least 16, the last of them filled up. Scales are repeated
+    where a group of ours is several blocks.
 
     Attributes:
         rows, columns: N and K.
@@ -103,7 +104,8 @@ class Blocks:
 
     def _repeated(self, grouped: Array) -> Array:
         if grouped.shape[1] == 1:
-            return np.broadcast_to(grouped, (self.rows, self.count)).copy()
+            whole: Array = np.broadcast_to(grouped, (self.rows, self.count)).copy()
+            return whole
         return np.repeat(grouped, self.group // self.size, axis=1)
 
     def _packed(self, values: Array) -> Array:

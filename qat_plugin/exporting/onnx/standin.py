@@ -82,7 +82,8 @@ def skeleton(model: Exportable) -> nn.Module:
             memo[id(tensor)] = _widened(tensor)
     copied = copy.deepcopy(model.network, memo)
     for module in copied.modules():
-        for name, parameter in list(module._parameters.items()):
+        held: dict[str, Any] = dict(module._parameters)
+        for name, parameter in held.items():
             if isinstance(parameter, StandIn):
                 del module._parameters[name]
                 module.__dict__[name] = parameter
