@@ -26,12 +26,12 @@ class Convolutions(nn.Module):
         self.depthwise = nn.Conv2d(8, 8, 3, dilation=2, stride=(2, 1), groups=8, bias=False)
         self.point = nn.Conv2d(8, 4, 1, padding="valid")
         self.line = nn.Conv1d(4, 6, 3, padding=2)
-        self.head = nn.Linear(6, 5)
+        self.classes = nn.Linear(6, 5)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits."""
         x = self.point(torch.tanh(self.depthwise(torch.relu(self.uneven(self.reflect(images))))))
-        logits: Tensor = self.head(self.line(x.flatten(2)).mean(-1))
+        logits: Tensor = self.classes(self.line(x.flatten(2)).mean(-1))
         return logits
 
 

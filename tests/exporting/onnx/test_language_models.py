@@ -15,7 +15,7 @@ from qat_plugin import Policy, convert
 from qat_plugin.exporting import Exported, export_model
 from tests.exporting.onnx.runtime import run
 
-VOCABULARY = 64
+VOCABULARY = 80
 
 
 def llama(**changes: Any) -> nn.Module:
@@ -58,7 +58,7 @@ def test_a_mixed_policy_is_exported_layer_by_layer(mixed: tuple[nn.Module, Expor
     file = onnx.load(made.path / "model.onnx")
     kinds = Counter(node.op_type for node in file.graph.node)
     assert (kinds["MatMulInteger"], kinds["MatMulNBits"]) == (4, 4)
-    assert not [node for node in file.graph.node if node.metadata_prop]  # no lines of the machine that wrote it
+    assert not [node for node in file.graph.node if node.metadata_props]  # no lines of the machine that wrote it
 
 
 def test_what_three_projections_read_is_rounded_once(mixed: tuple[nn.Module, Exported]) -> None:
