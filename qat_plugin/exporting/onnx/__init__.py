@@ -10,7 +10,7 @@ What each scheme becomes for ONNX Runtime, in the order of exactness first and s
 ========================= ==========================================================================================
 ``w4a16``, ``w3``, ``w2`` MatMulNBits (groups that are multiples of a power of two of at least 16), else plain
                           arithmetic on the INT4 tensor
-``w8a16``                 Cast, MatMul, Mul: ONNX Runtime would round the inputs of DequantizeLinear + MatMul to INT8
+``w8a16``                 Cast, Mul, MatMul: ONNX Runtime would round the inputs of DequantizeLinear + MatMul to INT8
 ``w8a8``                  per-token integers in standard operators, MatMulInteger
 ``w8a8-static``           QuantizeLinear, DequantizeLinear
 ``w4a8``, grouped ``w8a8`` per-token numbers in standard operators, then the product of the weight alone

@@ -60,10 +60,6 @@ def product(graph: Graph, x: ir.Value, weight: Weight, options: Options) -> ir.V
         x = per_token_numbers(graph, x, label)
     if operator == "MatMulNBits":
         return _block_product(graph, x, weight, options)
-    if operator == "Cast" and weight.groups == 1 and scheme.symmetric:
-        held = weight.columns()
-        y = graph.emit("MatMul", [x, graph.emit("Cast", [held.q], label, to=FLOAT)], label)
-        return graph.emit("Mul", [y, held.scale], label)
     return graph.emit("MatMul", [x, numbers(graph, weight, operator)], label)
 
 
@@ -93,7 +89,7 @@ def _dequantized(graph: Graph, weight: Weight) -> ir.Value:
 
 
 def _computed(graph: Graph, weight: Weight) -> ir.Value:
-    """``(q - zero point) * scale``, a group at a time."""
+    """``(q - zero point) * scale``, a group at a time; exact in float32, and folded by a runtime when it loads."""
     label, held = weight.label, weight.columns()
     grouped = weight.groups > 1
     q = graph.emit("Cast", [held.q], label, to=FLOAT)
