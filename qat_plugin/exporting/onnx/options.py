@@ -56,6 +56,13 @@ class Options:
     dynamic: bool = field(
         default=True, metadata={"help": "leave the batch, and of a language model the sequence, free in the file"}
     )
+    cache: bool = field(
+        default=False,
+        metadata={
+            "help": "of a language model: take and give past keys and values (past_key_values.N.key, present.N.key), "
+            "to generate token by token"
+        },
+    )
     external_data: bool | None = field(
         default=None,
         metadata={"help": "tensors in a file of their own, model.onnx.data; by default above 1.5 GB"},
@@ -70,6 +77,8 @@ class Options:
             raise ConfigError(
                 f"opset {self.opset} has neither INT4 nor blocks; format=onnx needs {LEAST_OPSET} or more"
             )
+        if self.cache and not self.dynamic:
+            raise ConfigError("cache=True lets the past grow: it needs dynamic=True")
         if self.target == "tensorrt":
             for name in ("int4", "int8"):
                 if getattr(self, name) not in ("auto", "dequantize"):

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from qat_plugin.errors import ExportError, QatError
 from qat_plugin.exporting.contents import Exportable
+from qat_plugin.exporting.onnx.cache import cache_of, name_axes, past_of, present_names, tensors_of
 from qat_plugin.exporting.onnx.options import Options
 from qat_plugin.exporting.onnx.standin import skeleton
 
 _PREFIX: Final = "network."
+_TRACED_PAST: Final = 5
 
 
 class _Call(nn.Module):
@@ -32,7 +34,11 @@ class _Call(nn.Module):
         if self.names is None:
             given = self.network(*values)
         else:
-            given = self.network(**dict(zip(self.names, values, strict=True)), **self.fixed)
+            named, past = dict(zip(self.names, values, strict=False)), values[len(self.names) :]
+            cached = {"past_key_values": cache_of(past), "use_cache": True} if past else {}
+            given = self.network(**named, **{**self.fixed, **cached})
+            if past:
+                return given.logits, *tensors_of(given.past_key_values)
         return getattr(given, "logits", given)
 
 
@@ -85,13 +91,18 @@ def trace(model: Exportable, options: Options) -> ir.Model:
         small = min(value.shape[0] for value in inputs.values() if value.dim())
         inputs = grown(inputs, batch=max(0, 2 - small), sequence=False)
     names = tuple(inputs) if isinstance(model.sample, Mapping) else None
+    outputs = ["logits" if language else "output"]
+    if options.cache:
+        past = _past(model, inputs)
+        outputs += present_names(list(past))
+        inputs |= past
     call = _Call(skeleton(model), names, {"use_cache": False} if language else {}).eval()
-    shapes = tuple(_axes(value, language) for value in inputs.values()) if options.dynamic else None
+    shapes = tuple(_axes(value, language, options.cache) for value in inputs.values()) if options.dynamic else None
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 call, tuple(inputs.values()), dynamo=True, opset_version=options.opset, verbose=False,
-                input_names=list(inputs), output_names=["logits" if language else "output"],
+                input_names=list(inputs), output_names=outputs,
                 dynamic_shapes=None if shapes is None else {"values": shapes},
             )  # fmt: skip
     except QatError:
@@ -109,6 +120,8 @@ def trace(model: Exportable, options: Options) -> ir.Model:
     for value in list(traced.graph.initializers.values()):
         if value.name is not None and value.name.startswith(_PREFIX):
             value.name = value.name.removeprefix(_PREFIX)
+    if options.cache:
+        name_axes(traced.graph)
     _forget_the_source(traced.graph)
     return traced
 
@@ -124,7 +137,19 @@ def _forget_the_source(graph: ir.Graph) -> None:
     graph.metadata_props.clear()
 
 
-def _axes(value: Tensor, language: bool) -> dict[int, Any]:
+def _past(model: Exportable, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A past to trace with; the attention mask of ``inputs`` grows by it."""
+    if not is_language_model(model):
+        raise ExportError(f"{type(model.network).__name__} is no transformers language model: leave cache=True out")
+    mask = inputs["attention_mask"]
+    inputs["attention_mask"] = torch.cat([torch.ones_like(mask[:, :1]).expand(-1, _TRACED_PAST), mask], dim=1)
+    return past_of(model, mask.shape[0], _TRACED_PAST)
+
+
+def _axes(value: Tensor, language: bool, cache: bool) -> dict[int, Any]:
+    if cache:  # the mask's length is that of the past and the tokens: a sum, which has no name of its own
+        free = torch.export.Dim.DYNAMIC
+        return {0: free, 2: free} if value.dim() == 4 else {0: free, 1: free}
     batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence")
     if not value.dim():
         return {}
