@@ -46,7 +46,7 @@ def inputs_of(model: Exportable) -> dict[str, Tensor]:
     """Names of the file's inputs -> the sample's tensors; a language model's with its attention mask."""
     if isinstance(model.sample, Mapping):
         named = dict(model.sample)
-        if model.config is not None and "input_ids" in named and "attention_mask" not in named:
+        if is_language_model(model) and "attention_mask" not in named and _takes(model.network, "attention_mask"):
             named["attention_mask"] = torch.ones_like(named["input_ids"])
         return named
     names = list(inspect.signature(model.network.forward).parameters)[: len(model.sample)]
@@ -79,6 +79,15 @@ def is_language_model(model: Exportable) -> bool:
     return model.config is not None and isinstance(model.sample, Mapping) and "input_ids" in model.sample
 
 
+def in_float32(value: Tensor) -> Tensor:
+    """An input as the file takes it: its float numbers are float32 whatever the model's are."""
+    return value.float() if value.is_floating_point() else value
+
+
+def _takes(network: nn.Module, name: str) -> bool:
+    return name in inspect.signature(network.forward).parameters
+
+
 def trace(model: Exportable, options: Options) -> ir.Model:
     """The graph of one call.
 
@@ -96,12 +105,14 @@ def trace(model: Exportable, options: Options) -> ir.Model:
         past = _past(model, inputs)
         outputs += present_names(list(past))
         inputs |= past
-    call = _Call(skeleton(model), names, {"use_cache": False} if language else {}).eval()
+    call = _Call(
+        skeleton(model), names, {"use_cache": False} if language and _takes(model.network, "use_cache") else {}
+    ).eval()
     shapes = tuple(_axes(value, language, options.cache) for value in inputs.values()) if options.dynamic else None
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
-                call, tuple(inputs.values()), dynamo=True, opset_version=options.opset, verbose=False,
+                call, tuple(in_float32(value) for value in inputs.values()), dynamo=True, opset_version=options.opset, verbose=False,
                 input_names=list(inputs), output_names=outputs,
                 dynamic_shapes=None if shapes is None else {"values": shapes},
             )  # fmt: skip

@@ -16,15 +16,13 @@ from qat_plugin.exporting.onnx.options import Options
 from qat_plugin.exporting.onnx.products import operator_of
 from qat_plugin.exporting.onnx.reading import File, integers, uses
 from qat_plugin.exporting.onnx.standin import PENDING
-from qat_plugin.exporting.onnx.tracing import grown, inputs_of, is_language_model
+from qat_plugin.exporting.onnx.tolerance import tolerance
+from qat_plugin.exporting.onnx.tracing import grown, in_float32, inputs_of, is_language_model
 from qat_plugin.exporting.onnx.write import FILE
 from qat_plugin.exporting.verification import Comparison, Verification, relative_difference
 
 # ONNX Runtime turns DequantizeLinear before MatMul into MatMulNBits, by default with INT8 inputs (level 4).
 EXACT: Final = {"session.qdq_matmulnbits_accuracy_level": "0"}
-_SUMMATION: Final = 1e-4
-_FLIPS: Final = 2e-2
-_NARROW: Final = 5e-2
 
 
 def verify(model: Exportable, path: Path, options: Options) -> Verification:
@@ -54,9 +52,9 @@ def verify(model: Exportable, path: Path, options: Options) -> Verification:
         if name in file.initializers and list(file.initializers[name].dims) == list(tensor.shape):
             seen.plain(name, tensor, _tensor(file.array(name)))
     error, sizes = _outputs(model, path / FILE, options)
-    tolerance, reason = _tolerance(model, options)
+    allowed, reason = tolerance(model, options)
     return seen.verification(
-        f"onnx {onnx.__version__}", error=error, tolerance=tolerance, reason=reason,
+        f"onnx {onnx.__version__}", error=error, tolerance=allowed, reason=reason,
         notes=(f"run by ONNX Runtime {onnxruntime.__version__} on {sizes}", *_notes(model, options)),
     )  # fmt: skip
 
@@ -113,7 +111,10 @@ def _outputs(model: Exportable, path: Path, options: Options) -> tuple[float, st
 
 
 def _run(run: Any, given: Mapping[str, Tensor]) -> list[Tensor]:
-    return [torch.from_numpy(found) for found in run.run(None, {name: value.numpy() for name, value in given.items()})]
+    return [
+        torch.from_numpy(found)
+        for found in run.run(None, {name: in_float32(value).numpy() for name, value in given.items()})
+    ]
 
 
 def _in_two_steps(model: Exportable, run: Any, given: Mapping[str, Tensor]) -> Tensor:
@@ -127,17 +128,6 @@ def _in_two_steps(model: Exportable, run: Any, given: Mapping[str, Tensor]) -> T
     grown_past = dict(zip(past, present, strict=True))
     second = _run(run, {"input_ids": ids[:, half:], "attention_mask": mask, **grown_past})[0]
     return torch.cat([first, second], dim=1)
-
-
-def _tolerance(model: Exportable, options: Options) -> tuple[float, str]:
-    narrow = {layer.weight.logical_dtype for layer in model.layers.values()} - {torch.float32}
-    if narrow:
-        return _NARROW, f"the file computes in float32, the model in {str(narrow.pop()).removeprefix('torch.')}"
-    if options.accuracy_level == 4:
-        return _NARROW, "accuracy_level=4 rounds inputs to INT8 per block, which training did not"
-    if any(layer.scheme.quantizes_activations for layer in model.layers.values()):
-        return _FLIPS, "another order of summation moves a few activations to the next integer"
-    return _SUMMATION, "another order of summation in float32"
 
 
 def _notes(model: Exportable, options: Options) -> tuple[str, ...]:
