@@ -106,7 +106,7 @@ FORMATS = {
     entry.name: entry
     for entry in (
         Format("converted", "this project's own files, with the model's configuration", "native"),
-        Format("onnx", "ONNX", "onnx", needs=("onnx", "onnxscript", "onnxruntime"), extra="onnx"),
+        Format("onnx", "ONNX", "onnx", needs=("onnx", "onnx_ir", "onnxscript", "onnxruntime"), extra="onnx"),
     )
 }
 

@@ -15,6 +15,10 @@ What each scheme becomes for ONNX Runtime, in the order of exactness first and s
 ``w8a8-static``           QuantizeLinear, DequantizeLinear
 ``w4a8``, grouped ``w8a8`` per-token numbers in standard operators, then the product of the weight alone
 ========================= ==========================================================================================
+
+For TensorRT every weight goes through DequantizeLinear (INT4 and INT8 elements, opset 21), activations through
+QuantizeLinear with zero point 0. It is not run here. Its documentation asks for positive scales of QuantizeLinear and
+says nothing of DequantizeLinear's, which carry a sign in this project's symmetric grids below 8 bits.
 """
 
 from __future__ import annotations

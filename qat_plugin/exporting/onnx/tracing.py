@@ -80,8 +80,8 @@ def is_language_model(model: Exportable) -> bool:
 
 
 def in_float32(value: Tensor) -> Tensor:
-    """An input as the file takes it: its float numbers are float32 whatever the model's are."""
-    return value.float() if value.is_floating_point() else value
+    """An input as the file takes it: on the CPU, its float numbers float32 whatever the model's are."""
+    return value.float().cpu() if value.is_floating_point() else value.cpu()
 
 
 def _takes(network: nn.Module, name: str) -> bool:
@@ -112,7 +112,8 @@ def trace(model: Exportable, options: Options) -> ir.Model:
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
-                call, tuple(in_float32(value) for value in inputs.values()), dynamo=True, opset_version=options.opset, verbose=False,
+                call, tuple(in_float32(value) for value in inputs.values()), dynamo=True,
+                opset_version=options.opset, verbose=False,
                 input_names=list(inputs), output_names=outputs,
                 dynamic_shapes=None if shapes is None else {"values": shapes},
             )  # fmt: skip
