@@ -38,6 +38,12 @@ class StandIn:
     def __init__(self, name: str, weight: Tensor) -> None:
         self.name, self.weight, self.shape = name, weight, torch.Size(weight.shape)
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"{self.__dict__.get('name')} is a quantized weight and read as .{name}, which has no quantized form in "
+            "ONNX; keep the layer float in the policy"
+        )
+
     def size(self, dim: int | None = None) -> Any:
         """As a tensor's."""
         return self.shape if dim is None else self.shape[dim]

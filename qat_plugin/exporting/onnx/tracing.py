@@ -123,9 +123,11 @@ def trace(model: Exportable, options: Options) -> ir.Model:
         refused = _refusal_behind(error)
         if refused is not None:
             raise refused from error
-        advice = "; fixed sizes may work: options={'dynamic': False}" if options.dynamic else ""
+        told = _first_line(error)
+        sizes = options.dynamic and any(word in told.lower() for word in ("constraint", "dynamic", "specializ"))
+        advice = "; fixed sizes may work: options={'dynamic': False}" if sizes else ""
         raise ExportError(
-            f"PyTorch's ONNX exporter cannot follow {type(model.network).__name__}: {_first_line(error)}{advice}"
+            f"PyTorch's ONNX exporter cannot follow {type(model.network).__name__}: {told}{advice}"
         ) from error
     assert program is not None
     traced: ir.Model = program.model

@@ -139,6 +139,8 @@ def _notes(model: Exportable, options: Options) -> tuple[str, ...]:
             kind = operator_of(layer, options)
         counted[kind] = counted.get(kind, 0) + 1
     notes = ["operators: " + ", ".join(f"{count} x {kind}" for kind, count in counted.items())]
+    if "Cast" in counted:
+        notes.append("weights read through Cast are integers on disk and float32 in the memory of a session")
     if any(layer.scheme.weight_bits < 4 for layer in model.layers.values()):
         notes.append("2- and 3-bit integers lie in 4-bit elements")
     if options.target == "tensorrt":

@@ -69,6 +69,21 @@ def test_a_layer_that_the_call_does_not_reach_is_an_error(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("method", [True, False])
+def test_a_weight_that_is_read_in_another_way_is_refused_by_its_name(tmp_path: Path, method: bool) -> None:
+    class Penalized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.layer(x) + (self.layer.weight.sum() if method else torch.sum(self.layer.weight))
+            return y
+
+    with pytest.raises(ExportError, match=r"layer\.weight .* read .*sum, which has no quantized form"):
+        export_model(exportable(network=Penalized()).network, "onnx", tmp_path / "out", sample=SAMPLE, progress=False)
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Exportable, Path]:
     model = exportable({"0": "w4a16-g32", "2": "w8a8"})
