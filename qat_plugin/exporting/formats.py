@@ -115,7 +115,7 @@ FORMATS = {
             "compressed-tensors", "a transformers directory in compressed-tensors' format", "compressed",
             needs=("compressed_tensors",), extra="compressed-tensors",
         ),
-        Format("onnx", "ONNX", "onnx", ("onnx", "onnxscript", "onnxruntime"), "onnx", ".onnx"),
+        Format("onnx", "ONNX", "onnx", ("onnx", "onnx_ir", "onnxscript", "onnxruntime"), "onnx"),
         Format("executorch", "ExecuTorch", "executorch", ("executorch",), "executorch", ".pte"),
         Format("peft", "a peft adapter", "peft_adapter", ("peft",), "qlora", of_adapters=True),
         Format(

@@ -1,0 +1,156 @@
+"""An ONNX file read back: checked, its integers compared, its outputs computed by ONNX Runtime in two sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from qat_plugin.errors import ExportError
+from qat_plugin.exporting.contents import Exportable, outputs_of
+from qat_plugin.exporting.onnx.cache import past_of
+from qat_plugin.exporting.onnx.options import Options
+from qat_plugin.exporting.onnx.products import operator_of
+from qat_plugin.exporting.onnx.reading import File, integers, uses
+from qat_plugin.exporting.onnx.standin import PENDING
+from qat_plugin.exporting.onnx.tolerance import tolerance
+from qat_plugin.exporting.onnx.tracing import grown, in_float32, inputs_of, is_language_model
+from qat_plugin.exporting.onnx.write import FILE
+from qat_plugin.exporting.verification import Comparison, Verification, relative_difference
+
+# ONNX Runtime turns DequantizeLinear before MatMul into MatMulNBits, by default with INT8 inputs (level 4).
+EXACT: Final = {"session.qdq_matmulnbits_accuracy_level": "0"}
+
+
+def verify(model: Exportable, path: Path, options: Options) -> Verification:
+    """Read the folder with onnx and ONNX Runtime.
+
+    Raises:
+        ExportError: when a quantized layer is not in the graph as a quantized operator, or onnx refuses the file.
+    """
+    import onnx
+    import onnxruntime
+
+    try:
+        onnx.checker.check_model(str(path / FILE), full_check=True)
+    except onnx.checker.ValidationError as refused:
+        raise ExportError(f"onnx refuses the file: {str(refused).splitlines()[0]}") from refused
+    seen, file = Comparison(), File(path / FILE)
+    _check_graph(model, file)
+    for name, layer in model.layers.items():
+        held = layer.integers
+        groups = held.scale.shape[1]
+        rows, columns = held.q.shape
+        q, scale, zero = integers(file, name, layer.name, rows, columns, groups, held.scheme.weight_bits)
+        if held.scheme.per_tensor:
+            scale, zero = scale[:1, :1], None if zero is None else zero[:1, :1]
+        seen.quantized(name, held, _tensor(q), _tensor(scale), None if zero is None else _tensor(zero))
+    for name, tensor in model.floats():
+        if name in file.initializers and list(file.initializers[name].dims) == list(tensor.shape):
+            seen.plain(name, tensor, _tensor(file.array(name)))
+    error, sizes = _outputs(model, path / FILE, options)
+    allowed, reason = tolerance(model, options)
+    return seen.verification(
+        f"onnx {onnx.__version__}", error=error, tolerance=allowed, reason=reason,
+        notes=(f"run by ONNX Runtime {onnxruntime.__version__} on {sizes}", *_notes(model, options)),
+    )  # fmt: skip
+
+
+def session(path: Path, **settings: str) -> Any:
+    """ONNX Runtime on the CPU, one thread, computing what the file says (see :data:`EXACT`)."""
+    import onnxruntime
+
+    chosen = onnxruntime.SessionOptions()
+    chosen.intra_op_num_threads, chosen.log_severity_level = 1, 3
+    for name, value in {**EXACT, **settings}.items():
+        chosen.add_session_config_entry(name, value)
+    return onnxruntime.InferenceSession(str(path), chosen, providers=["CPUExecutionProvider"])
+
+
+def _check_graph(model: Exportable, file: File) -> None:
+    """Each quantized layer of the plan is a quantized operator."""
+    pending = [node.name for node in file.graph.node if node.domain == PENDING]
+    if pending:
+        raise ExportError(f"nodes that are no operator of any runtime are left in the file: {', '.join(pending[:8])}")
+    sharing: dict[str, int] = {}
+    for planned in model.plan.quantized:
+        name = f"{planned.name}.weight"
+        leader = model.ties.get(name, name)
+        if leader in model.layers:
+            sharing[leader] = sharing.get(leader, 0) + 1
+    for name, layer in model.layers.items():
+        found, wanted = uses(file, layer.name), sharing.get(name, 1)
+        if found < wanted:
+            raise ExportError(
+                f"{layer.name} ({layer.scheme}) is in the file {found} times as a quantized operator, in the plan "
+                f"{wanted} times"
+            )
+
+
+def _outputs(model: Exportable, path: Path, options: Options) -> tuple[float, str]:
+    """The worse error of the sample and, where sizes are free, of another one."""
+    run = session(path)
+    asked = {entry.name for entry in run.get_inputs()}
+    samples = [inputs_of(model)]
+    if options.dynamic:
+        samples.append(grown(samples[0], batch=1, sequence=is_language_model(model)))
+    worst, sizes = 0.0, []
+    for sample in samples:
+        given = {name: value.cpu() for name, value in sample.items() if name in asked}
+        found = _in_two_steps(model, run, given) if options.cache else _run(run, given)[0]
+        positional = isinstance(model.sample, tuple)
+        wanted = outputs_of(model.network, tuple(sample.values()) if positional else sample)
+        if found.shape != wanted.shape:
+            raise ExportError(f"the file gives {tuple(found.shape)}, the model {tuple(wanted.shape)}")
+        worst = max(worst, relative_difference(found, wanted))
+        sizes.append(" x ".join(str(n) for n in next(iter(sample.values())).shape))
+    return worst, " and ".join(sizes)
+
+
+def _run(run: Any, given: Mapping[str, Tensor]) -> list[Tensor]:
+    return [
+        torch.from_numpy(found)
+        for found in run.run(None, {name: in_float32(value).numpy() for name, value in given.items()})
+    ]
+
+
+def _in_two_steps(model: Exportable, run: Any, given: Mapping[str, Tensor]) -> Tensor:
+    """Logits of all tokens but computed half by half: without a past, then with the first half's."""
+    ids, mask = given["input_ids"], given["attention_mask"]
+    half = max(1, ids.shape[1] // 2)
+    past = past_of(model, ids.shape[0], 0)
+    first, *present = _run(run, {"input_ids": ids[:, :half], "attention_mask": mask[:, :half], **past})
+    if half == ids.shape[1]:
+        return first
+    grown_past = dict(zip(past, present, strict=True))
+    second = _run(run, {"input_ids": ids[:, half:], "attention_mask": mask, **grown_past})[0]
+    return torch.cat([first, second], dim=1)
+
+
+def _notes(model: Exportable, options: Options) -> tuple[str, ...]:
+    counted: dict[str, int] = {}
+    for layer in model.layers.values():
+        if layer.weight.usage in ("embedding", "conv"):
+            kind = "Gather of integer rows" if layer.weight.usage == "embedding" else "Conv on DequantizeLinear"
+        else:
+            kind = operator_of(layer, options)
+        counted[kind] = counted.get(kind, 0) + 1
+    notes = ["operators: " + ", ".join(f"{count} x {kind}" for kind, count in counted.items())]
+    if "Cast" in counted:
+        notes.append("weights read through Cast are integers on disk and float32 in the memory of a session")
+    if any(layer.scheme.weight_bits < 4 for layer in model.layers.values()):
+        notes.append("2- and 3-bit integers lie in 4-bit elements")
+    if options.target == "tensorrt":
+        notes.append("written for TensorRT and not run by it here")
+    return tuple(notes)
+
+
+def _tensor(array: Any) -> Tensor:
+    import numpy as np
+
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.astype(np.float32)).to(torch.bfloat16)
+    return torch.from_numpy(np.array(array))  # a copy: what is read from a file cannot be written
