@@ -104,7 +104,10 @@ class Format:
 
 FORMATS = {
     entry.name: entry
-    for entry in (Format("converted", "this project's own files, with the model's configuration", "native"),)
+    for entry in (
+        Format("converted", "this project's own files, with the model's configuration", "native"),
+        Format("executorch", "ExecuTorch with XNNPACK", "executorch", ("executorch",), "executorch", ".pte"),
+    )
 }
 
 

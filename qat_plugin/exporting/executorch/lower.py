@@ -1,0 +1,102 @@
+"""From a network in operators that XNNPACK knows to the bytes of a ``.pte``."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_NOISY = ("torch.utils._pytree", "torch.export", "executorch")
+_FOR_PRODUCTS = (
+    "Linear", "Addmm", "MM", "BMM", "Abs", "Add", "Clamp", "ConstantPad", "Div", "Mul", "Neg", "Pow",
+    "ReciprocalSquareRoot", "Sigmoid", "Softmax", "Sub", "QuantizeAffine", "DeQuantizeAffine", "ChooseQParamsAffine",
+    "QuantizedPerTensor", "DeQuantizedPerTensor",
+)  # fmt: skip
+
+
+def trace(network: nn.Module, given: tuple[Tensor, ...], batch: int, length: int) -> Any:
+    """The exported program of one call.
+
+    Args:
+        network: a :class:`~qat_plugin.exporting.executorch.skeleton.Call`.
+        given: the sample's arguments.
+        batch: most rows; exactly one with 1.
+        length: most tokens of a language model, else 0.
+    """
+    rows = torch.export.Dim("rows", min=1, max=batch) if batch > 1 else None
+    dims: dict[int, Any] = {} if rows is None else {0: rows}
+    if length > 1:
+        dims[1] = torch.export.Dim("tokens", min=1, max=length)
+    given = tuple(_shaped(x, batch, length) for x in given)
+    with quiet(), torch.no_grad():
+        return torch.export.export(network, given, dynamic_shapes=(tuple(dims for _ in given),), strict=False)
+
+
+def _shaped(x: Tensor, batch: int, length: int) -> Tensor:
+    """An example that nothing is specialised on: two rows or more where rows may vary, two tokens or more."""
+    x = x[:batch] if len(x) >= min(batch, 2) else torch.cat([x, x])
+    if not length:
+        return x
+    return x[:, :length] if x.shape[1] > 1 else torch.cat([x, x], 1)
+
+
+def lower(program: Any, *, language: bool) -> Any:
+    """ExecuTorch's edge program with XNNPACK's parts delegated.
+
+    Args:
+        program: of :func:`trace`.
+        language: a language model's: only products and what lies between them are delegated, so that one of XNNPACK's
+            passes is enough (all of them take several times as long, and tensors of the attention mask that XNNPACK
+            cannot hold stay outside).
+    """
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+
+    with quiet():
+        partitioner = _for_products() if language else XnnpackPartitioner()
+        return to_edge_transform_and_lower(
+            program, partitioner=[partitioner], compile_config=EdgeCompileConfig(_check_ir_validity=False)
+        )
+
+
+def _for_products() -> Any:
+    from executorch.backends.xnnpack.partition import config
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir.backend.compile_spec_schema import CompileSpec
+    from executorch.exir.backend.partitioner import DelegationSpec
+
+    partitioner = XnnpackPartitioner(configs=[getattr(config, f"{name}Config") for name in _FOR_PRODUCTS])
+    backend = partitioner.delegation_spec.backend_id
+    partitioner.delegation_spec = DelegationSpec(backend, [CompileSpec("dqlinear_partitioner", b"")])
+    return partitioner
+
+
+def portable_operators(edge: Any) -> dict[str, int]:
+    """Operator -> number of calls outside XNNPACK."""
+    found: dict[str, int] = {}
+    for node in edge.exported_program().graph.nodes:
+        name = str(getattr(node.target, "__name__", node.target))
+        if node.op == "call_function" and "executorch_call_delegate" not in name and name != "getitem":
+            found[name] = found.get(name, 0) + 1
+    return found
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what these packages say about each other's deprecations."""
+    loggers = [logging.getLogger(name) for name in _NOISY]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", (FutureWarning, DeprecationWarning))  # type: ignore[arg-type]
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,77 @@
+"""What a ``.pte`` cannot hold exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from qat_plugin.exporting.contents import Exportable, Layer
+from qat_plugin.exporting.executorch.columns import GROUP, Columns
+from qat_plugin.exporting.executorch.options import Options
+from qat_plugin.exporting.refusal import Refusal
+from qat_plugin.qat.folded import FOLD
+from qat_plugin.qat.layers import has_stock_forward
+from qat_plugin.scheme import Scheme
+
+_MOST_PADDING = 2
+
+
+def refusals(model: Exportable, options: Options) -> list[Refusal]:
+    """Quantized layers for which XNNPACK has no kernel that computes them as they were trained."""
+    found = []
+    for layer in model.layers.values():
+        told = _of(layer, model.network.get_submodule(layer.name))
+        if told is not None:
+            found.append(Refusal(layer.name, str(layer.scheme), *told))
+    return found
+
+
+def _of(layer: Layer, module: nn.Module) -> tuple[str, str] | None:
+    """The reason and the nearest scheme."""
+    scheme, usage = layer.scheme, layer.weight.usage
+    if usage in ("embedding", "both"):
+        shared = " (it is tied to the head)" if usage == "both" else ""
+        return f"ExecuTorch looks quantized embeddings up by no operator of its default build{shared}", "fp16"
+    nearest = _nearest(scheme, layer.weight.in_features, conv=usage == "conv")
+    if not scheme.symmetric:
+        return "XNNPACK's weights have no zero points", nearest
+    if scheme.activation_bits != 8:
+        return "XNNPACK multiplies no integer weights by float activations here", nearest
+    if usage == "conv":
+        return "convolutions are not lowered", "fp32"
+    if scheme.weight_bits == 8 and scheme.group_size is not None:
+        return "XNNPACK's INT8 weights have a scale per channel, not per group", nearest
+    if scheme.group_size is not None and not _fits(scheme, layer.weight.in_features):
+        return f"XNNPACK's groups are multiples of {GROUP}; with so much padding INT4 is larger than INT8", nearest
+    if scheme.static and scheme.weight_bits != 8:
+        return "XNNPACK's static kernels take INT8 weights", nearest
+    return None if _stock(module) else (f"{type(module).__name__} has a forward of its own, which lowering replaces", "fp32")
+
+
+def _nearest(scheme: Scheme, features: int, *, conv: bool) -> str:
+    if conv:
+        return "w8a8-static"
+    if scheme.weight_bits < 8 and features % GROUP == 0:
+        return f"w{scheme.weight_bits}a8-g32"
+    return "w8a8"
+
+
+def _fits(scheme: Scheme, features: int) -> bool:
+    columns = Columns.of(scheme, features)
+    return columns.padded <= _MOST_PADDING * columns.group
+
+
+def _stock(module: nn.Module) -> bool:
+    fold: Any = module.__dict__.get(FOLD)
+    if fold is not None and fold.absorbed:
+        return True  # only stock layers are
+    return has_stock_forward(module) or _is_gpt2_linear(module)
+
+
+def _is_gpt2_linear(module: nn.Module) -> bool:
+    if not type(module).__module__.startswith("transformers."):
+        return False
+    from transformers.pytorch_utils import Conv1D
+
+    return type(module) is Conv1D
