@@ -1,53 +1,25 @@
-"""Quantized layers spelled in the operators that XNNPACK's partitioner recognises, on our integers and scales."""
+"""Quantized linear layers in the operators that XNNPACK's partitioner recognises, on our integers and scales."""
 
 from __future__ import annotations
-
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat_plugin.exporting.executorch.columns import Columns
+from qat_plugin.exporting.executorch.rounding import (
+    Rounding,
+    per_channel_weight,
+    per_group_weight,
+    per_token,
+    static_input,
+    static_integers,
+)
 from qat_plugin.kernels.weight import QuantizedWeight
 from qat_plugin.numerics import ACTIVATION_QMAX
 
-Rounding = Literal["constants", "chained"]
-"""How a layer's input becomes INT8: on our scale, per token or calibrated, with constants beside it (the output is
-float); or on a calibrated scale by XNNPACK's static operators (the output is the next layer's INT8)."""
-
 _TINY = torch.finfo(torch.float32).tiny
 _TO_INTEGER = 1.5 * 2.0**23  # float32 numbers around it are the integers: adding it rounds, half to even
-
-
-def register_operators() -> None:
-    """Import what defines ``quantized_decomposed`` and ``torchao``'s operators."""
-    import torch.ao.quantization.fx._decomposed
-
-    from qat_plugin.kernels.torchao_import import import_torchao
-
-    import_torchao()
-    import torchao.quantization.quant_primitives  # noqa: F401
-
-
-def rounded_per_token(x: Tensor) -> Tensor:
-    """Rounded as XNNPACK rounds a row: INT8 from -128 to 127 with a zero point."""
-    ao, block = torch.ops.torchao, [1] * (x.dim() - 1) + [x.shape[-1]]
-    eps = torch.finfo(torch.float32).eps
-    scale, zero = ao.choose_qparams_affine.default(
-        x, "ASYMMETRIC", block, torch.int8, -128, 127, eps, torch.float32, torch.int8, True
-    )
-    q = ao.quantize_affine.default(x, block, scale, zero, torch.int8, -128, 127)
-    y: Tensor = ao.dequantize_affine.default(q, block, scale, zero, torch.int8, -128, 127)
-    return y
-
-
-def rounded_statically(x: Tensor, scale: float) -> Tensor:
-    """Rounded per tensor with zero point 0."""
-    decomposed, bound = torch.ops.quantized_decomposed, int(ACTIVATION_QMAX)
-    q = decomposed.quantize_per_tensor.default(x, scale, 0, -bound, bound, torch.int8)
-    y: Tensor = decomposed.dequantize_per_tensor.default(q, scale, 0, -bound, bound, torch.int8)
-    return y
 
 
 class LoweredLinear(nn.Module):
@@ -59,11 +31,19 @@ class LoweredLinear(nn.Module):
         rounding: of the input.
     """
 
+    q: Tensor
+    scale: Tensor
+    zero: Tensor
+    bias: Tensor | None
+    input_scale: Tensor | None
+    signs: Tensor | None
+    step: Tensor | None
+
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None, rounding: Rounding) -> None:
         super().__init__()
         held = weight.integers()
         self.rounding, self.narrow = rounding, held.scheme.weight_bits < 8
-        self.columns = Columns.of(held.scheme, weight.in_features, constant=rounding == "constants")
+        self.columns = Columns.of(held.scheme, weight.in_features, constant=not rounding.chained)
         q, scale = self.columns.of_weight(held)
         grouped = self.columns.grouped
         self.register_buffer("q", q)
@@ -72,37 +52,33 @@ class LoweredLinear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().float())
         self.register_buffer("input_scale", weight.input_scale)
         self.register_buffer("signs", self.columns.signs(held))
-        self.activation_scale = None if weight.activation_scale is None else float(weight.activation_scale)
+        static = weight.activation_scale
+        self.register_buffer("step", None if static is None else static.detach().float().reshape(1))
+        self.static = None if static is None else float(static)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., out_features] of [..., in_features]."""
         if self.input_scale is not None:
             x = x / self.input_scale
-        if self.rounding == "chained":
-            assert self.activation_scale is not None
-            return F.linear(rounded_statically(x, self.activation_scale), self.weight(), self.bias)
-        scale: Tensor | float
-        if self.activation_scale is None:
-            scale = torch.clamp(x.abs().amax(-1, keepdim=True) / ACTIVATION_QMAX, min=_TINY)
-            q = x / scale
+        if self.rounding.chained:
+            assert self.static is not None
+            return F.linear(static_input(x, self.static, self.rounding), self.weight(), self.bias)
+        if self.step is None or self.static is None:
+            step = torch.clamp(x.abs().amax(-1, keepdim=True) / ACTIVATION_QMAX, min=_TINY)
+            q = x / step
         else:
-            scale = self.activation_scale
-            q = torch.clamp(x / scale, -ACTIVATION_QMAX, ACTIVATION_QMAX)
-        y = F.linear(rounded_per_token(self.columns.of_input(q)), self.weight())
+            step = self.step
+            q = static_integers(x, step, self.static, self.rounding)
+        y = F.linear(per_token(self.columns.of_input(q)), self.weight())
         if self.signs is not None and self.columns.grouped:
             y = y + F.linear(self.columns.sums(q + _TO_INTEGER - _TO_INTEGER), self.signs)
-        y = y * scale if self.signs is None or self.columns.grouped else y * scale * self.signs
+        y = y * step
+        if self.signs is not None and not self.columns.grouped:
+            y = y * self.signs
         return y if self.bias is None else y + self.bias
 
     def weight(self) -> Tensor:
         """The numbers of the integers, by the operator that the partitioner looks for."""
-        low, high = (-8, 7) if self.narrow else (-127, 127)
         if self.columns.grouped:
-            w: Tensor = torch.ops.torchao.dequantize_affine.default(
-                self.q, [1, self.columns.padded], self.scale, self.zero, torch.int8, low, high
-            )
-        else:
-            w = torch.ops.quantized_decomposed.dequantize_per_channel.default(
-                self.q, self.scale, self.zero, 0, low, high, torch.int8
-            )
-        return w
+            return per_group_weight(self.q, self.scale, self.zero, self.columns.padded)
+        return per_channel_weight(self.q, self.scale, self.zero, narrow=self.narrow)

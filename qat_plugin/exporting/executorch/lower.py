@@ -95,7 +95,7 @@ def quiet() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", (FutureWarning, DeprecationWarning))  # type: ignore[arg-type]
+            warnings.simplefilter("ignore", (FutureWarning, DeprecationWarning))
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

@@ -18,7 +18,8 @@ class Options:
     """
 
     max_length: int = field(
-        default=0, metadata={"help": "longest sequence of a language model, in tokens; 0: 512, or what it takes at most"}
+        default=0,
+        metadata={"help": "longest sequence of a language model, in tokens; 0: 512, or what it takes at most"},
     )
     max_batch: int = field(
         default=0, metadata={"help": "most rows of one call; 0: 1 of a language model, otherwise those of the sample"}

@@ -1,6 +1,6 @@
-"""What a ``.pte`` holds: XNNPACK's graphs and their constants, read by ExecuTorch's own parser and the schema's numbers.
+"""What a ``.pte`` holds: XNNPACK's graphs and their constants, read by ExecuTorch's own parser.
 
-Field numbers are those of ``backends/xnnpack/serialization/schema.fbs`` of ExecuTorch 1.5.
+Field numbers of XNNPACK's graphs are those of ``backends/xnnpack/serialization/schema.fbs`` of ExecuTorch 1.5.
 """
 
 from __future__ import annotations

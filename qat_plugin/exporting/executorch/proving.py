@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,12 +13,14 @@ from torch import Tensor
 from qat_plugin.errors import ExportError
 from qat_plugin.exporting.contents import Exportable, Layer, outputs_of
 from qat_plugin.exporting.executorch.columns import Columns
+from qat_plugin.exporting.executorch.convolution import kernel_of
 from qat_plugin.exporting.executorch.options import Options
 from qat_plugin.exporting.executorch.payload import Payload, Stored, read
 from qat_plugin.exporting.executorch.skeleton import arguments, is_language_model, limits, rows_of
 from qat_plugin.exporting.verification import Comparison, Verification, relative_difference
 
 _TOLERANCE = {torch.float32: 5e-3}
+_ALIGNMENT = 16
 _NARROW_TOLERANCE = 5e-2
 _REASON = "sums in another order: an INT8 activation on a rounding boundary may fall to its other side"
 
@@ -34,7 +37,11 @@ def verify(model: Exportable, path: Path, options: Options) -> Verification:
     _quantized(model, payload, bytes_of, seen)
     merged = _plain(model, bytes_of, seen)
     dtype = next(p.dtype for p in model.network.parameters() if p.is_floating_point())
-    notes = [f"each quantized layer is an INT8 product of XNNPACK, {payload.float_products} products are float"]
+    static = sum(stored.input != "token" for stored in payload.weights)
+    notes = [
+        f"each of them is an integer product of XNNPACK, {static} with an INT8 output; "
+        f"{payload.float_products} products are float"
+    ]
     if merged:
         notes.append(f"{merged} float tensors are not in the file as such (merged into others, or not used)")
     shapes, error = _ran(model, path, options)
@@ -45,50 +52,99 @@ def verify(model: Exportable, path: Path, options: Options) -> Verification:
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Form:
+    """A layer as a file may have it.
+
+    Attributes:
+        q, scale: what it would hold.
+        chained: by XNNPACK's static kernel, without constants beside the input.
+    """
+
+    q: Tensor
+    scale: Tensor
+    chained: bool
+
+    @classmethod
+    def all_of(cls, layer: Layer) -> list[_Form]:
+        """Both, or the one that a layer has."""
+        chained = [True, False] if layer.scheme.static else [False]
+        held = layer.integers
+        if layer.weight.usage == "conv":
+            return [cls(*kernel_of(held, layer.weight, constant=not c), c) for c in chained]
+        return [cls(*_columns(layer, c).of_weight(held), c) for c in chained]
+
+    def shaped(self, stored: Stored) -> bool:
+        """Whether the file's tensor can be this one."""
+        return stored.q.shape == self.q.shape and stored.scale.shape == self.scale.shape
+
+    def holds(self, stored: Stored) -> bool:
+        """Whether it is."""
+        return self.shaped(stored) and torch.equal(stored.q, self.q) and torch.equal(stored.scale, self.scale)
+
+
 def _quantized(model: Exportable, payload: Payload, constants: set[bytes], seen: Comparison) -> None:
     """Each layer with the file's tensor of the same integers; where there is none, with the nearest of its shape."""
     used: set[int] = set()
     unmatched: list[str] = []
     for name, layer in model.layers.items():
-        q, scale = _columns(layer).of_weight(layer.integers)
-        same = [
-            i for i, s in enumerate(payload.weights)
-            if s.q.shape == q.shape and torch.equal(s.q, q) and torch.equal(s.scale, scale)
-        ]  # fmt: skip
+        same = [(i, f) for f in _Form.all_of(layer) for i, s in enumerate(payload.weights) if f.holds(s)]
         if not same:
             unmatched.append(name)
             continue
-        used.add(same[0])
-        _compare(name, layer, payload.weights[same[0]], constants, seen)
+        used |= {i for i, _ in same}
+        for i, form in same:
+            _compare(
+                name, layer, payload.weights[i], form.chained, constants, seen if i == same[0][0] else Comparison()
+            )
     for name in unmatched:
         layer = model.layers[name]
-        q, _ = _columns(layer).of_weight(layer.integers)
-        left = [i for i, s in enumerate(payload.weights) if i not in used and s.q.shape == q.shape]
+        forms = _Form.all_of(layer)
+        left = [(i, f) for f in forms for i, s in enumerate(payload.weights) if i not in used and f.shaped(s)]
         if not left:
             raise ExportError(f"the file has no INT8 product for {name} ({layer.scheme}): it was not lowered")
-        nearest = min(left, key=lambda i: int((payload.weights[i].q != q).sum()))
+        nearest, form = min(left, key=lambda pair: int((payload.weights[pair[0]].q != pair[1].q).sum()))
         used.add(nearest)
-        _compare(name, layer, payload.weights[nearest], constants, seen)
+        _compare(name, layer, payload.weights[nearest], form.chained, constants, seen)
     if len(used) != len(payload.weights):
         raise ExportError(f"the file has {len(payload.weights) - len(used)} quantized weights that the model has not")
 
 
-def _columns(layer: Layer) -> Columns:
-    return Columns.of(layer.scheme, layer.weight.in_features)
+def _columns(layer: Layer, chained: bool) -> Columns:
+    return Columns.of(layer.scheme, layer.weight.in_features, constant=not chained)
 
 
-def _compare(name: str, layer: Layer, stored: Stored, constants: set[bytes], seen: Comparison) -> None:
-    held, columns = layer.integers, _columns(layer)
-    negative = held.scale.expand(len(held.q), -1) < 0
-    signs = columns.signs(held)
-    if signs is not None and _bytes(signs) not in constants:
-        negative = torch.zeros_like(negative)  # the file cannot tell them
-    q, scale, stray = columns.weight_of(stored.q, stored.scale, negative)
+def _compare(name: str, layer: Layer, stored: Stored, chained: bool, constants: set[bytes], seen: Comparison) -> None:
+    held = layer.integers
+    if layer.weight.usage == "conv":
+        channels = layer.weight.logical_shape[1]
+        extra, q = stored.q[:, channels:], stored.q[:, :channels].reshape(held.q.shape)
+        scale, stray = stored.scale, int(extra.abs().max()) if extra.numel() else 0
+    else:
+        columns = _columns(layer, chained)
+        negative = held.scale.expand(len(held.q), -1) < 0
+        signs = columns.signs(held)
+        if signs is not None and not _held(signs, constants):
+            negative = torch.zeros_like(negative)  # the file cannot tell them
+        q, scale, stray = columns.weight_of(stored.q, stored.scale, negative)
     if stray:
-        raise ExportError(f"{name}: the file has {stray} where the columns of constants must be multiplied by 0")
+        raise ExportError(f"{name}: the file has {stray} where constants must be multiplied by 0")
     if held.scheme.per_tensor:
         scale = scale[:1] if bool((scale == scale[0]).all()) else torch.full_like(scale[:1], float("nan"))
     seen.quantized(name, held, q, scale)
+    _check_activation(name, layer, stored, chained, constants)
+
+
+def _check_activation(name: str, layer: Layer, stored: Stored, chained: bool, constants: set[bytes]) -> None:
+    """The calibrated scale: of XNNPACK's own input, or as the number that the input is divided by."""
+    wanted = layer.weight.activation_scale
+    if wanted is None or not chained:
+        there = stored.input == "token" and (wanted is None or _held(wanted.float(), constants))
+    else:
+        there = stored.input == float(wanted) and stored.zero_point == 0
+    if not there:
+        wants = "INT8 by token" if wanted is None else f"the calibrated scale {float(wanted):.6g}"
+        raise ExportError(f"{name}: the file does not round its input on {wants}")
 
 
 def _plain(model: Exportable, constants: set[bytes], seen: Comparison) -> int:
@@ -97,7 +153,7 @@ def _plain(model: Exportable, constants: set[bytes], seen: Comparison) -> int:
     for name, tensor in model.floats():
         if not tensor.is_floating_point():
             continue
-        found = next((t for t in (tensor, tensor.float()) if _bytes(t) in constants), None)
+        found = next((t for t in (tensor, tensor.float()) if _held(t, constants)), None)
         if found is None:
             missing += 1
         else:
@@ -105,8 +161,10 @@ def _plain(model: Exportable, constants: set[bytes], seen: Comparison) -> int:
     return missing
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+def _held(tensor: Tensor, constants: set[bytes]) -> bool:
+    """Whether a constant of the file has the bytes of a tensor, with the zeros that align the next one."""
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return data in constants or data + bytes(-len(data) % _ALIGNMENT) in constants
 
 
 def _ran(model: Exportable, path: Path, options: Options) -> tuple[str, float]:
@@ -141,4 +199,6 @@ def _calls(model: Exportable, options: Options, batch: int, length: int) -> Iter
 def _reference(model: Exportable, rows: tuple[Tensor, ...]) -> Tensor:
     dtype = next(p.dtype for p in model.network.parameters() if p.is_floating_point())
     cast = tuple(x.to(dtype) if x.is_floating_point() else x for x in rows)
-    return outputs_of(model.network, cast if isinstance(model.sample, tuple) else dict(zip(model.sample, cast, strict=True)))
+    return outputs_of(
+        model.network, cast if isinstance(model.sample, tuple) else dict(zip(model.sample, cast, strict=True))
+    )

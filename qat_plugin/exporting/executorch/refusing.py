@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -9,6 +10,8 @@ from torch import nn
 from qat_plugin.exporting.contents import Exportable, Layer
 from qat_plugin.exporting.executorch.columns import GROUP, Columns
 from qat_plugin.exporting.executorch.options import Options
+from qat_plugin.exporting.executorch.rounding import Rounding
+from qat_plugin.exporting.executorch.skeleton import PREFIX
 from qat_plugin.exporting.refusal import Refusal
 from qat_plugin.qat.folded import FOLD
 from qat_plugin.qat.layers import has_stock_forward
@@ -38,15 +41,36 @@ def _of(layer: Layer, module: nn.Module) -> tuple[str, str] | None:
         return "XNNPACK's weights have no zero points", nearest
     if scheme.activation_bits != 8:
         return "XNNPACK multiplies no integer weights by float activations here", nearest
-    if usage == "conv":
-        return "convolutions are not lowered", "fp32"
+    if usage == "conv" and not scheme.static:
+        return "convolutions are lowered with calibrated INT8 inputs only", nearest
+    if usage == "conv" and getattr(module, "padding_mode", "zeros") != "zeros":
+        return f"padding_mode={module.padding_mode!r} is not lowered", "fp32"
     if scheme.weight_bits == 8 and scheme.group_size is not None:
         return "XNNPACK's INT8 weights have a scale per channel, not per group", nearest
     if scheme.group_size is not None and not _fits(scheme, layer.weight.in_features):
         return f"XNNPACK's groups are multiples of {GROUP}; with so much padding INT4 is larger than INT8", nearest
     if scheme.static and scheme.weight_bits != 8:
         return "XNNPACK's static kernels take INT8 weights", nearest
-    return None if _stock(module) else (f"{type(module).__name__} has a forward of its own, which lowering replaces", "fp32")
+    return (
+        None
+        if _stock(module)
+        else (f"{type(module).__name__} has a forward of its own, which lowering replaces", "fp32")
+    )
+
+
+def unchained(model: Exportable, roundings: Mapping[str, Rounding]) -> list[Refusal]:
+    """Convolutions in groups whose output XNNPACK would have to round on a scale that was not trained."""
+    found = []
+    for layer in model.layers.values():
+        rounding = roundings.get(f"{PREFIX}{layer.name}")
+        if layer.scheme.static and rounding is None:
+            found.append(
+                Refusal(layer.name, str(layer.scheme), "no call of it was found in the traced network", "w8a8")
+            )
+        elif rounding is not None and not rounding.chained and layer.weight.groups > 1:
+            reason = "in groups, and not followed by a ReLU and one other quantized layer, whose scale XNNPACK needs"
+            found.append(Refusal(layer.name, str(layer.scheme), reason, "fp32"))
+    return found
 
 
 def _nearest(scheme: Scheme, features: int, *, conv: bool) -> str:

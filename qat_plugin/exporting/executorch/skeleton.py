@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,17 +12,26 @@ from torch import Tensor, nn
 
 from qat_plugin.errors import ExportError
 from qat_plugin.exporting.contents import Exportable
-from qat_plugin.exporting.executorch.layers import LoweredLinear, Rounding
+from qat_plugin.exporting.executorch.convolution import LoweredConv
+from qat_plugin.exporting.executorch.layers import LoweredLinear
 from qat_plugin.exporting.executorch.options import Options
+from qat_plugin.exporting.executorch.rounding import Rounding
 from qat_plugin.kernels.weight import CastWeight, QuantizedWeight
 from qat_plugin.qat.folded import FOLD
 
-RoundingOf = Callable[[str, QuantizedWeight], Rounding]
+STATIC = Rounding(chained=True, fed=True)
+"""What finds the chains: each static layer by XNNPACK's static operators."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+
+
+PREFIX = "network."
+"""Of the names of a :class:`Call`."""
 
 
 class NarrowEmbedding(nn.Module):
     """A float embedding stored in a narrower float type."""
+
+    weight: Tensor
 
     def __init__(self, weight: Tensor, padding_idx: int | None) -> None:
         super().__init__()
@@ -53,8 +62,12 @@ class Call(nn.Module):
         return first
 
 
-def skeleton(model: Exportable, rounding: RoundingOf) -> nn.Module:
+def skeleton(model: Exportable, roundings: Mapping[str, Rounding] | None) -> nn.Module:
     """A network that computes what ``model`` does, with each quantized layer in operators that XNNPACK knows.
+
+    Args:
+        model: the converted network.
+        roundings: name of a static layer in a :class:`Call` -> how its input is rounded; ``None`` to find that out.
 
     Float tensors are shared with the model where they are float32 already; narrower ones become float32, but for those
     of embeddings, which are stored as they are.
@@ -64,7 +77,10 @@ def skeleton(model: Exportable, rounding: RoundingOf) -> nn.Module:
     for name, module in list(network.named_modules()):
         weight = module._parameters.get("weight")
         if isinstance(weight, QuantizedWeight):
-            _put(network, name, _lowered(module, weight, rounding(name, weight)))
+            rounding = Rounding()
+            if weight.activation_scale is not None:
+                rounding = STATIC if roundings is None else roundings[f"{PREFIX}{name}"]
+            _put(network, name, _lowered(module, weight, rounding))
         elif isinstance(weight, CastWeight) and isinstance(module, nn.Embedding):
             _put(network, name, NarrowEmbedding(weight.data_, module.padding_idx))
         else:
@@ -78,7 +94,11 @@ def _lowered(module: nn.Module, weight: QuantizedWeight, rounding: Rounding) -> 
     fold = module.__dict__.get(FOLD)
     if fold is not None and fold.absorbed:
         bias = fold.shift if bias is None else bias + fold.shift
-    made = LoweredLinear(weight, bias, rounding)
+    made: nn.Module
+    if weight.usage == "conv":
+        made = LoweredConv(module, weight, bias, rounding)
+    else:
+        made = LoweredLinear(weight, bias, rounding)
     for hooks in _HOOKS:
         setattr(made, hooks, getattr(module, hooks))
     return made
@@ -91,13 +111,14 @@ def _put(network: nn.Module, name: str, module: nn.Module) -> None:
 
 def _widen(module: nn.Module) -> None:
     """Float tensors of one module as float32."""
-    for tensors in (module._parameters, module._buffers):
-        for name, tensor in tensors.items():
-            if isinstance(tensor, CastWeight):
-                tensors[name] = nn.Parameter(tensor.dequantize(torch.float32), requires_grad=False)
-            elif tensor is not None and tensor.is_floating_point() and tensor.dtype is not torch.float32:
-                wide = tensor.detach().float()
-                tensors[name] = nn.Parameter(wide, requires_grad=False) if tensors is module._parameters else wide
+    for name, parameter in module._parameters.items():
+        if isinstance(parameter, CastWeight):
+            module._parameters[name] = nn.Parameter(parameter.dequantize(torch.float32), requires_grad=False)
+        elif parameter is not None and parameter.dtype in (torch.float16, torch.bfloat16):
+            module._parameters[name] = nn.Parameter(parameter.detach().float(), requires_grad=False)
+    for name, buffer in module._buffers.items():
+        if buffer is not None and buffer.dtype in (torch.float16, torch.bfloat16):
+            module._buffers[name] = buffer.float()
 
 
 def is_language_model(model: Exportable) -> bool:
