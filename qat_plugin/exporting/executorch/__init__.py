@@ -34,7 +34,7 @@ def write(model: Exportable, path: Path, options: Options, progress: Told) -> No
     if any(layer.scheme.static for layer in model.layers.values()):
         roundings = chains.roundings(_traced(model, options, None))
         check_refusals(refusing.unchained(model, roundings), "ExecuTorch with XNNPACK")
-    edge = lower(_traced(model, options, roundings), language=is_language_model(model))
+    edge = lower(_traced(model, options, roundings), static=bool(roundings))
     with quiet():
         made = edge.to_executorch()
     with path.open("wb") as file:

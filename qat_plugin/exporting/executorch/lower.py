@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 _NOISY = ("torch.utils._pytree", "torch.export", "executorch")
-_FOR_PRODUCTS = (
-    "Linear", "Addmm", "MM", "BMM", "Abs", "Add", "Clamp", "ConstantPad", "Div", "Mul", "Neg", "Pow",
-    "ReciprocalSquareRoot", "Sigmoid", "Softmax", "Sub", "QuantizeAffine", "DeQuantizeAffine", "ChooseQParamsAffine",
-    "QuantizedPerTensor", "DeQuantizedPerTensor",
+_PRODUCTS = (
+    "Linear", "Addmm", "MM", "QuantizedPerTensor", "DeQuantizedPerTensor", "QuantizeAffine", "DeQuantizeAffine",
+    "ChooseQParamsAffine",
+)  # fmt: skip
+_BETWEEN = (
+    "Abs", "Add", "BMM", "Clamp", "ConstantPad", "Div", "Mul", "Neg", "Pow", "ReciprocalSquareRoot", "Sigmoid",
+    "Softmax", "Sub",
 )  # fmt: skip
 
 
@@ -45,35 +48,33 @@ def _shaped(x: Tensor, batch: int, length: int) -> Tensor:
     return x[:, :length] if x.shape[1] > 1 else torch.cat([x, x], 1)
 
 
-def lower(program: Any, *, language: bool) -> Any:
+def lower(program: Any, *, static: bool) -> Any:
     """ExecuTorch's edge program with XNNPACK's parts delegated.
+
+    Only products and, without static layers, what lies between them are delegated: XNNPACK cannot hold some tensors of
+    attention masks, and looks for the layout of a convolution's rounded input at the beginning of its part of the
+    graph, so that each must begin there.
 
     Args:
         program: of :func:`trace`.
-        language: a language model's: only products and what lies between them are delegated, so that one of XNNPACK's
-            passes is enough (all of them take several times as long, and tensors of the attention mask that XNNPACK
-            cannot hold stay outside).
+        static: it has layers with calibrated inputs, for which all of XNNPACK's passes are needed; otherwise one is
+            enough, and several times as fast.
     """
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
-
-    with quiet():
-        partitioner = _for_products() if language else XnnpackPartitioner()
-        return to_edge_transform_and_lower(
-            program, partitioner=[partitioner], compile_config=EdgeCompileConfig(_check_ir_validity=False)
-        )
-
-
-def _for_products() -> Any:
     from executorch.backends.xnnpack.partition import config
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
     from executorch.exir.backend.compile_spec_schema import CompileSpec
     from executorch.exir.backend.partitioner import DelegationSpec
 
-    partitioner = XnnpackPartitioner(configs=[getattr(config, f"{name}Config") for name in _FOR_PRODUCTS])
-    backend = partitioner.delegation_spec.backend_id
-    partitioner.delegation_spec = DelegationSpec(backend, [CompileSpec("dqlinear_partitioner", b"")])
-    return partitioner
+    with quiet():
+        names = (*_PRODUCTS, "Convolution") if static else (*_PRODUCTS, *_BETWEEN)
+        partitioner = XnnpackPartitioner(configs=[getattr(config, f"{name}Config") for name in names])
+        if not static:
+            backend = partitioner.delegation_spec.backend_id
+            partitioner.delegation_spec = DelegationSpec(backend, [CompileSpec("dqlinear_partitioner", b"")])
+        return to_edge_transform_and_lower(
+            program, partitioner=[partitioner], compile_config=EdgeCompileConfig(_check_ir_validity=False)
+        )
 
 
 def portable_operators(edge: Any) -> dict[str, int]:
