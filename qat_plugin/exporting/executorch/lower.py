@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_NOISY = ("torch.utils._pytree", "torch.export", "executorch")
+_NOISY = ("torch.utils._pytree", "torch.export", "torch.__trace", "executorch")
 _PRODUCTS = (
     "Linear", "Addmm", "MM", "QuantizedPerTensor", "DeQuantizedPerTensor", "QuantizeAffine", "DeQuantizeAffine",
     "ChooseQParamsAffine",
