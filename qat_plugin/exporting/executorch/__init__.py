@@ -14,7 +14,7 @@ from typing import Any
 
 from qat_plugin.exporting.contents import Exportable
 from qat_plugin.exporting.executorch import chains, refusing
-from qat_plugin.exporting.executorch.lower import lower, quiet, trace
+from qat_plugin.exporting.executorch.lowering import lower, quiet, trace
 from qat_plugin.exporting.executorch.options import Options
 from qat_plugin.exporting.executorch.proving import verify
 from qat_plugin.exporting.executorch.refusing import refusals

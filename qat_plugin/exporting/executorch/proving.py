@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qat_plugin.errors import ExportError
 from qat_plugin.exporting.contents import Exportable, Layer, outputs_of
@@ -29,7 +29,7 @@ def verify(model: Exportable, path: Path, options: Options) -> Verification:
     """Read the file by ExecuTorch's parser and run it by its Python runtime.
 
     Raises:
-        ExportError: when the file cannot be read, lacks a layer or holds one that the model has not.
+        ExportError: when the file cannot be read or run, lacks a layer or holds one that the model has not.
     """
     payload = read(path)
     seen = Comparison()
@@ -44,7 +44,13 @@ def verify(model: Exportable, path: Path, options: Options) -> Verification:
     ]
     if merged:
         notes.append(f"{merged} float tensors are not in the file as such (merged into others, or not used)")
-    shapes, error = _ran(model, path, options)
+    if any(isinstance(module, nn.Embedding) for module in model.network.modules()):
+        notes.append("embeddings are float")
+    notes.append(f"{len(payload.operators)} kinds of operators run outside XNNPACK")
+    try:
+        shapes, error = _ran(model, path, options)
+    except RuntimeError as failure:
+        raise ExportError(f"ExecuTorch's runtime cannot run {path.name}: {failure}") from failure
     notes.append(f"ran at shapes {shapes}")
     return seen.verification(
         f"executorch {version('executorch')}", error=error, tolerance=_TOLERANCE.get(dtype, _NARROW_TOLERANCE),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from qat_plugin.exporting.contents import Exportable, Layer
-from qat_plugin.exporting.executorch.columns import GROUP, Columns
+from qat_plugin.exporting.executorch.columns import GROUP
 from qat_plugin.exporting.executorch.options import Options
 from qat_plugin.exporting.executorch.rounding import Rounding
 from qat_plugin.exporting.executorch.skeleton import PREFIX
@@ -47,8 +48,8 @@ def _of(layer: Layer, module: nn.Module) -> tuple[str, str] | None:
         return f"padding_mode={module.padding_mode!r} is not lowered", "fp32"
     if scheme.weight_bits == 8 and scheme.group_size is not None:
         return "XNNPACK's INT8 weights have a scale per channel, not per group", nearest
-    if scheme.group_size is not None and not _fits(scheme, layer.weight.in_features):
-        return f"XNNPACK's groups are multiples of {GROUP}; with so much padding INT4 is larger than INT8", nearest
+    if scheme.group_size is not None and not _fits(scheme.group_size):
+        return f"XNNPACK's groups are multiples of {GROUP}; padded to that, INT4 would be no smaller than INT8", nearest
     if scheme.static and scheme.weight_bits != 8:
         return "XNNPACK's static kernels take INT8 weights", nearest
     return (
@@ -76,14 +77,16 @@ def unchained(model: Exportable, roundings: Mapping[str, Rounding]) -> list[Refu
 def _nearest(scheme: Scheme, features: int, *, conv: bool) -> str:
     if conv:
         return "w8a8-static"
-    if scheme.weight_bits < 8 and features % GROUP == 0:
-        return f"w{scheme.weight_bits}a8-g32"
-    return "w8a8"
+    if scheme.weight_bits == 8:
+        return "w8a8"
+    aim = scheme.group_size or GROUP
+    groups = [g for g in range(1, features + 1) if features % g == 0 and _fits(g)]
+    return f"w{scheme.weight_bits}a8-g{min(groups, key=lambda g: abs(g - aim))}" if groups else "w8a8"
 
 
-def _fits(scheme: Scheme, features: int) -> bool:
-    columns = Columns.of(scheme, features)
-    return columns.padded <= _MOST_PADDING * columns.group
+def _fits(group: int) -> bool:
+    """Whether a group is padded to less than twice its size: INT4 would be no smaller than INT8 otherwise."""
+    return math.ceil(group / GROUP) * GROUP < _MOST_PADDING * group
 
 
 def _stock(module: nn.Module) -> bool:

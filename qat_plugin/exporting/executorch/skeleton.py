@@ -138,9 +138,9 @@ def limits(model: Exportable, options: Options) -> tuple[int, int]:
     Raises:
         ExportError: when the sample's arguments have different numbers of rows.
     """
-    rows = {len(x) for x in arguments(model, options) if x.dim()}
-    if len(rows) != 1:
-        raise ExportError(f"the sample's arguments have {sorted(rows)} rows: one number of rows is needed")
+    rows = {len(x) if x.dim() else 0 for x in arguments(model, options)}
+    if len(rows) != 1 or 0 in rows:
+        raise ExportError(f"the sample's arguments have {sorted(rows)} rows: one number of rows, 1 or more, is needed")
     if not is_language_model(model):
         return options.max_batch or rows.pop(), 0
     most = getattr(model.config, "max_position_embeddings", None)

@@ -35,7 +35,7 @@ class Net(nn.Module):
 
 
 def calibrated(net: nn.Module, x: torch.Tensor) -> nn.Module:
-    return convert(calibrate(net, {"default": "w8a8-static"}, [(x,)], progress=False))
+    return convert(calibrate(net, {"*": "w8a8-static"}, [(x,)], progress=False))
 
 
 def test_an_image_net_runs_in_integers(tmp_path: Path) -> None:

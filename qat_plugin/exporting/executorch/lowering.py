@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat_plugin.errors import ExportError
+
 _NOISY = ("torch.utils._pytree", "torch.export", "torch.__trace", "executorch")
 _PRODUCTS = (
     "Linear", "Addmm", "MM", "QuantizedPerTensor", "DeQuantizedPerTensor", "QuantizeAffine", "DeQuantizeAffine",
@@ -30,14 +32,24 @@ def trace(network: nn.Module, given: tuple[Tensor, ...], batch: int, length: int
         given: the sample's arguments.
         batch: most rows; exactly one with 1.
         length: most tokens of a language model, else 0.
+
+    Raises:
+        ExportError: when PyTorch cannot trace it so.
     """
     rows = torch.export.Dim("rows", min=1, max=batch) if batch > 1 else None
     dims: dict[int, Any] = {} if rows is None else {0: rows}
     if length > 1:
         dims[1] = torch.export.Dim("tokens", min=1, max=length)
     given = tuple(_shaped(x, batch, length) for x in given)
-    with quiet(), torch.no_grad():
-        return torch.export.export(network, given, dynamic_shapes=(tuple(dims for _ in given),), strict=False)
+    try:
+        with quiet(), torch.no_grad():
+            return torch.export.export(network, given, dynamic_shapes=(tuple(dims for _ in given),), strict=False)
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        free = f"1 to {batch} rows" + (f" and 1 to {length} tokens" if length > 1 else "")
+        raise ExportError(
+            f"torch.export cannot trace the model for {free}: {error}. Where the number of rows is what it cannot leave "
+            "open, fix it: options={'max_batch': 1}"
+        ) from error
 
 
 def _shaped(x: Tensor, batch: int, length: int) -> Tensor:
@@ -60,13 +72,13 @@ def lower(program: Any, *, static: bool) -> Any:
         static: it has layers with calibrated inputs, for which all of XNNPACK's passes are needed; otherwise one is
             enough, and several times as fast.
     """
-    from executorch.backends.xnnpack.partition import config
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
-    from executorch.exir.backend.compile_spec_schema import CompileSpec
-    from executorch.exir.backend.partitioner import DelegationSpec
-
     with quiet():
+        from executorch.backends.xnnpack.partition import config
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+        from executorch.exir.backend.compile_spec_schema import CompileSpec
+        from executorch.exir.backend.partitioner import DelegationSpec
+
         names = (*_PRODUCTS, "Convolution") if static else (*_PRODUCTS, *_BETWEEN)
         partitioner = XnnpackPartitioner(configs=[getattr(config, f"{name}Config") for name in names])
         if not static:
@@ -77,19 +89,10 @@ def lower(program: Any, *, static: bool) -> Any:
         )
 
 
-def portable_operators(edge: Any) -> dict[str, int]:
-    """Operator -> number of calls outside XNNPACK."""
-    found: dict[str, int] = {}
-    for node in edge.exported_program().graph.nodes:
-        name = str(getattr(node.target, "__name__", node.target))
-        if node.op == "call_function" and "executorch_call_delegate" not in name and name != "getitem":
-            found[name] = found.get(name, 0) + 1
-    return found
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what these packages say about each other's deprecations."""
+    """Without what these packages say about each other's deprecations, and the root handler that one of them adds."""
+    handlers = list(logging.root.handlers)
     loggers = [logging.getLogger(name) for name in _NOISY]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -99,5 +102,6 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore", (FutureWarning, DeprecationWarning))
             yield
     finally:
+        logging.root.handlers[:] = handlers
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
