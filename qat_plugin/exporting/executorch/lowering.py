@@ -47,7 +47,7 @@ def trace(network: nn.Module, given: tuple[Tensor, ...], batch: int, length: int
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         free = f"1 to {batch} rows" + (f" and 1 to {length} tokens" if length > 1 else "")
         raise ExportError(
-            f"torch.export cannot trace the model for {free}: {error}. Where the number of rows is what it cannot leave "
+            f"torch.export cannot trace the model for {free}: {error}. Where it cannot leave the number of rows "
             "open, fix it: options={'max_batch': 1}"
         ) from error
 

@@ -19,9 +19,11 @@ from qat_plugin.exporting.executorch.payload import Payload, Stored, read
 from qat_plugin.exporting.executorch.skeleton import arguments, is_language_model, limits, rows_of
 from qat_plugin.exporting.verification import Comparison, Verification, relative_difference
 
-_TOLERANCE = {torch.float32: 5e-3}
 _ALIGNMENT = 16
-_NARROW_TOLERANCE = 5e-2
+# Integers are compared exactly; this is for what joins them, where a mistake shows as an error near 1. 12 INT4 layers
+# of 2048 x 2048 with nothing between them came to 1.9e-2 (the same in INT8 to 0): once one activation differs by a
+# step, so do more in each layer behind it, up to the rounding error of INT8 itself.
+_TOLERANCE = 5e-2
 _REASON = "sums in another order: an INT8 activation on a rounding boundary may fall to its other side"
 
 
@@ -36,7 +38,6 @@ def verify(model: Exportable, path: Path, options: Options) -> Verification:
     bytes_of = set(payload.constants)
     _quantized(model, payload, bytes_of, seen)
     merged = _plain(model, bytes_of, seen)
-    dtype = next(p.dtype for p in model.network.parameters() if p.is_floating_point())
     static = sum(stored.input != "token" for stored in payload.weights)
     notes = [
         f"each of them is an integer product of XNNPACK, {static} with an INT8 output; "
@@ -53,8 +54,7 @@ def verify(model: Exportable, path: Path, options: Options) -> Verification:
         raise ExportError(f"ExecuTorch's runtime cannot run {path.name}: {failure}") from failure
     notes.append(f"ran at shapes {shapes}")
     return seen.verification(
-        f"executorch {version('executorch')}", error=error, tolerance=_TOLERANCE.get(dtype, _NARROW_TOLERANCE),
-        reason=_REASON, notes=tuple(notes),
+        f"executorch {version('executorch')}", error=error, tolerance=_TOLERANCE, reason=_REASON, notes=tuple(notes),
     )  # fmt: skip
 
 
