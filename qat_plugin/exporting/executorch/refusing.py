@@ -24,8 +24,10 @@ _MOST_PADDING = 2
 def refusals(model: Exportable, options: Options) -> list[Refusal]:
     """Quantized layers for which XNNPACK has no kernel that computes them as they were trained."""
     found = []
+    modules = dict(model.network.named_modules())
     for layer in model.layers.values():
-        told = _of(layer, model.network.get_submodule(layer.name))
+        module = modules.get(layer.name)
+        told = ("it is not the weight of a module of the network", "fp32") if module is None else _of(layer, module)
         if told is not None:
             found.append(Refusal(layer.name, str(layer.scheme), *told))
     return found

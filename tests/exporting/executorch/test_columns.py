@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+pytest.importorskip("executorch")
+
 from qat_plugin import convert
 from qat_plugin.exporting.executorch.columns import Columns
 from qat_plugin.exporting.executorch.layers import LoweredLinear

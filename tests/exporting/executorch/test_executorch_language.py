@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+pytest.importorskip("executorch")
+
 from qat_plugin import Policy, convert
-from qat_plugin.errors import ExportError
+from qat_plugin.errors import ConfigError, ExportError
 from qat_plugin.exporting import executorch as format_executorch
 from qat_plugin.exporting import export_model
 from qat_plugin.exporting.contents import Exportable
@@ -83,6 +85,16 @@ def test_a_file_with_another_integer_or_scale_is_caught(mixed: tuple[nn.Module, 
     other.write_bytes(data[:at] + scales[4:8] + data[at + 4 :])
     with pytest.raises(ExportError, match="does not hold the model's integers and scales"):
         verify(model, other, Options()).check(other.name)
+    signs = model.layers["model.layers.0.mlp.gate_proj.weight"].integers.scale.neg().clamp(min=0).numpy().tobytes()
+    at = data.index(signs)
+    other.write_bytes(data[:at] + bytes(len(signs)) + data[at + len(signs) :])
+    with pytest.raises(ExportError, match=r"does not hold the model's integers and .*scales by 0\.\d*[1-9]"):
+        verify(model, other, Options()).check(other.name)
+
+
+def test_numbers_below_zero_are_no_limits() -> None:
+    with pytest.raises(ConfigError, match=r"max_length \(-1\)"):
+        Options(max_length=-1)
 
 
 def test_a_truncated_file_is_an_error_of_ours(mixed: tuple[nn.Module, Exported], tmp_path: Path) -> None:

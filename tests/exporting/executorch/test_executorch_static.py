@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+pytest.importorskip("executorch")
+
 from qat_plugin import convert
 from qat_plugin.errors import ExportError
 from qat_plugin.exporting import export_model

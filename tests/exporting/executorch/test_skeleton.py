@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+pytest.importorskip("executorch")
+
 from qat_plugin import Policy, convert
 from qat_plugin.exporting.contents import Exportable
 from qat_plugin.exporting.executorch.options import Options
@@ -79,6 +81,19 @@ def test_a_model_in_bf16_becomes_float32_with_the_same_numbers() -> None:
     made = skeleton(Exportable(network.eval(), (torch.randn(2, 32),)), None)
     norm = made.get_parameter(f"{PREFIX}1.weight")
     assert norm.dtype is torch.float32 and torch.equal(norm, network.get_parameter("1.weight").float())
+
+
+def test_layers_that_would_be_replaced_by_something_else_are_refused() -> None:
+    class Doubling(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    own = convert(nn.Sequential(Doubling(8, 4)), "w8a8")
+    (told,) = refusals(Exportable(own, (torch.ones(1, 8),)), Options())
+    assert "Doubling has a forward of its own" in str(told)
+    alone = convert(nn.Linear(8, 4), {"*": "w8a8"})
+    (told,) = refusals(Exportable(alone, (torch.ones(1, 8),)), Options())
+    assert "not the weight of a module of the network" in str(told)
 
 
 def test_limits_come_from_the_options_the_sample_and_the_model() -> None:
