@@ -141,3 +141,45 @@ def test_what_is_not_a_model_is_said_to_be_none(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "aqlm"}}')
     with pytest.raises(CheckpointError, match="quantized by 'aqlm'"):
         qat_plugin.load(tmp_path)
+
+
+def test_a_folder_of_other_files_is_never_replaced(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match=r"holds other files than an export's.*such as .*mine/converted"):
+        export_model(small(), "converted", mine, sample=SAMPLE)
+    (mine / "README.md").write_text("# my project")
+    with pytest.raises(ConfigError, match="would be deleted"):
+        export_model(small(), "converted", mine, sample=SAMPLE)
+    assert sorted(p.name for p in mine.iterdir()) == ["README.md", "thesis.txt"]
+    (tmp_path / "empty").mkdir()
+    made = export_model(small(), "converted", tmp_path / "empty", sample=SAMPLE)
+    assert export_model(small(), "converted", made.path, sample=SAMPLE).bytes == made.bytes
+
+
+def test_a_place_for_the_file_or_its_card_that_is_a_folder_is_refused(tmp_path: Path) -> None:
+    from tests.exporting.tiny_llama import converted
+
+    model = converted({"ffn": "w4a16-g32"})
+    for name in ("model.gguf", "other.gguf.md"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(ConfigError, match=f"{name}.* is a folder"):
+            export_model(model, "gguf", tmp_path / name.partition(".")[0])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.gguf", "other.gguf.md"]
+
+
+def test_a_float_tensor_that_was_changed_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = native.write
+
+    def altered(model: Exportable, path: Path, *rest: Any) -> None:
+        write(model, path, *rest)
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(path / "model.safetensors")
+        tensors["2.bias"][3] += 1e-6
+        save_file(tensors, path / "model.safetensors")
+
+    monkeypatch.setattr(native, "write", altered)
+    with pytest.raises(ExportError, match=r"2\.bias: the file holds other numbers"):
+        export_model(small(), "converted", tmp_path / "out", sample=SAMPLE)

@@ -14,7 +14,7 @@ from qat_plugin.exporting.contents import Exportable, outputs_of
 from qat_plugin.exporting.gguf import in_llama_cpp, in_transformers
 from qat_plugin.exporting.gguf.blocks import block_scales, unpack_q4_0, unpack_q4_1, unpack_q8_0, zero_points
 from qat_plugin.exporting.gguf.copies import float_copy
-from qat_plugin.exporting.gguf.layout import Entry, integers, layout, numbers, state
+from qat_plugin.exporting.gguf.layout import DTYPES, Entry, integers, layout, numbers, state
 from qat_plugin.exporting.gguf.notes import notes_of
 from qat_plugin.exporting.gguf.options import Options
 from qat_plugin.exporting.gguf.reference import Reference
@@ -82,7 +82,8 @@ def compare_numbers(model: Exportable, path: Path, entries: list[Entry]) -> Comp
     for entry in entries:
         tensor = stored[entry.name]
         read = np.array(gguf.dequantize(tensor.data, tensor.tensor_type)).reshape(entry.shape)
-        seen.plain(entry.name, numbers(model, entry, held.get(entry.source, torch.empty(0))), torch.from_numpy(read))
+        wanted = numbers(model, entry, held.get(entry.source, torch.empty(0)))
+        seen.requantized(entry.name, wanted, torch.from_numpy(read))
     return seen
 
 
@@ -118,7 +119,7 @@ def compare_tensors(model: Exportable, path: Path, entries: list[Entry]) -> Comp
         wanted = numbers(model, entry, held.get(entry.source, torch.empty(0)))
         if entry.source in model.layers and not torch.equal(read, wanted):
             raise ExportError(f"{entry.name}: {entry.kind} does not hold the numbers of {entry.source} exactly")
-        seen.plain(entry.name, wanted, read)
+        seen.plain(entry.name, wanted, read, DTYPES[entry.kind])
     return seen
 
 
