@@ -11,7 +11,7 @@ import torch
 
 from qat_plugin.errors import ExportError
 from qat_plugin.exporting.contents import Exportable, outputs_of
-from qat_plugin.exporting.gguf import in_llama_cpp, in_transformers
+from qat_plugin.exporting.gguf import in_llama_cpp, in_transformers, own_outputs
 from qat_plugin.exporting.gguf.blocks import block_scales, unpack_q4_0, unpack_q4_1, unpack_q8_0, zero_points
 from qat_plugin.exporting.gguf.copies import float_copy
 from qat_plugin.exporting.gguf.layout import DTYPES, Entry, integers, layout, numbers, state
@@ -40,7 +40,10 @@ def verify_file(model: Exportable, path: Path, options: Options) -> Verification
     unasked = _too_large(model) if options.outputs else "not asked for"
     if unasked:
         return _told(seen.verification(reader, reason=unasked, notes=tuple(notes)), options)
-    reference = Reference.of(float_copy(model, entries), model, entries)
+    copy = float_copy(model, entries)
+    notes.append(own_outputs.check(model, copy, entries))
+    reference = Reference.of(copy, model, entries)
+    del copy
     error: float | None = None
     reason = in_transformers.unable(model)
     if not reason:
