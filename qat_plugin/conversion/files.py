@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from qat_plugin.atomic import replacing, write_text
 from qat_plugin.conversion.absorb import absorb_norms
-from qat_plugin.conversion.convert import Conversion, conversion_of, is_converted
+from qat_plugin.conversion.convert import Conversion, conversion_of, is_converted, remember
 from qat_plugin.conversion.frozen import refuse_training
 from qat_plugin.conversion.proof import Proof
 from qat_plugin.conversion.reload import requantize_on_load
@@ -202,7 +202,7 @@ def install_converted(
     set_folds(model, folded)
     refuse_training(_install(model, weights, ties))
     absorb_norms(model)
-    model._qat_conversion = conversion  # type: ignore[assignment]
+    remember(model, conversion)
     return model
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qat_plugin.atomic import replacing, replacing_folder, write_text
 from qat_plugin.errors import ConfigError, ExportError
 from qat_plugin.exporting.card import SIGN, CardFacts, model_card
-from qat_plugin.exporting.contents import Exportable, check_adapted, check_converted
+from qat_plugin.exporting.contents import Exportable, check_adapted, check_converted, language_model_in
 from qat_plugin.exporting.formats import Format, Told, Writer, format_named
 from qat_plugin.exporting.refusal import check_refusals
 from qat_plugin.exporting.verification import Verification
@@ -71,7 +71,7 @@ def export_model(
 
     Args:
         network: converted (with adapters on a frozen base, for peft and bitsandbytes); it is left as it is (in eval
-            mode while this runs).
+            mode while this runs). Of a LightningModule around a transformers model, that model is exported.
         format: a name of :data:`~qat_plugin.exporting.formats.FORMATS`.
         path: the file to write (its suffix is added where it has none), or the folder; replaced when it exists, once
             the new one is proven. Of folders only empty ones and earlier exports are: what else lies in one is never
@@ -91,6 +91,8 @@ def export_model(
     """
     chosen = format_named(format)
     writer, settings = chosen.writer(), chosen.options(options or {})
+    if not chosen.of_adapters:
+        network = language_model_in(network)
     (check_adapted if chosen.of_adapters else check_converted)(network)
     modes = {module: module.training for module in network.modules()}
     network.eval()

@@ -183,3 +183,23 @@ def test_a_float_tensor_that_was_changed_is_found(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(native, "write", altered)
     with pytest.raises(ExportError, match=r"2\.bias: the file holds other numbers"):
         export_model(small(), "converted", tmp_path / "out", sample=SAMPLE)
+
+
+def test_the_model_in_a_lightning_module_is_exported(tmp_path: Path) -> None:
+    import qat_plugin
+    from qat_plugin import proof_of
+    from qat_plugin.exporting.contents import outputs_of
+    from qat_plugin.models.causal_lm import CausalLM
+    from tests.exporting.tiny_llama import SAMPLE, llama
+
+    module = CausalLM(llama(tied=True))
+    convert(module, Policy({"attention": "w8a8", "ffn": "w4a16-g32"}, keep=["embedding", "lm_head"]))
+    whole = export_model(module, "converted", tmp_path / "whole")
+    inner = export_model(module.model, "converted", tmp_path / "inner")
+    for made in (whole, inner):
+        read, _ = qat_plugin.load(made.path)
+        assert torch.equal(outputs_of(read, SAMPLE), outputs_of(module.model.eval(), SAMPLE))
+    assert {f"model.{layer.name}" for layer in proof_of(module.model).layers} == {
+        layer.name for layer in proof_of(module).layers
+    }
+    assert export_model(module, "gguf", tmp_path / "model").path.is_file()

@@ -23,8 +23,7 @@ from qat_plugin.numerics import fake_quantize_activation
 EXACT = 1e-2
 """Allowed relative difference in float32: kernels sum in another order, and layers that follow amplify it."""
 ROUNDED = 0.2
-"""The same where inputs are rounded to INT8, or the model computes in 16 bits or the file rounds its floats: then such a
-difference moves numbers to the next one."""
+"""The same where inputs are rounded to INT8, the model computes in 16 bits, or the file rounds its floats."""
 
 
 def check(model: Exportable, copy: nn.Module, entries: Sequence[Entry]) -> str:

@@ -1,7 +1,8 @@
 """A GGUF file as a model on this project's kernels.
 
 Q4_0, Q8_0 and, where its minima are zero points, Q4_1 keep their integers and scales; every other type becomes float
-numbers, and is told. A file that carries checksums is held against them first.
+numbers, and is told. A file that carries checksums is held against them first; in one that this project wrote, layers
+have the schemes that they were trained in again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from qat_plugin.exporting.assemble import assemble
 from qat_plugin.exporting.gguf.header import Header, read_header
 from qat_plugin.exporting.gguf.read_config import config_of
 from qat_plugin.exporting.gguf.read_tensors import Tensors, tensors_of
-from qat_plugin.exporting.gguf.seal import check_seal
+from qat_plugin.exporting.gguf.schemes import schemes_of
+from qat_plugin.exporting.gguf.seal import check_seal, is_sealed
 from qat_plugin.kernels.torchao_import import known_noise_dropped
 from qat_plugin.qlora.architecture import empty_from_config
 from qat_plugin.qlora.source import first_line, quiet_transformers, some
@@ -32,7 +34,7 @@ def read(path: Path, dtype: torch.dtype, *, checksums: bool = True) -> tuple[Any
     Args:
         path: of a GGUF file of a Llama, Mistral, Qwen 2, Qwen 3 or Gemma 1 to 3.
         dtype: the float type to run in.
-        checksums: hold the file against those it carries.
+        checksums: hold the file against those it carries, and believe the trained schemes that it names beside them.
 
     Raises:
         CheckpointError: when the file is truncated, damaged, of another architecture, or of something that the model's
@@ -44,7 +46,8 @@ def read(path: Path, dtype: torch.dtype, *, checksums: bool = True) -> tuple[Any
     with quiet_transformers(), known_noise_dropped():
         config = config_of(header)
         network = empty_from_config(config, dtype)
-    tensors = tensors_of(header, network, network.config)
+    trained = schemes_of(header) if checksums and is_sealed(header) else {}
+    tensors = tensors_of(header, network, network.config, trained)
     model = assemble(network, tensors.quantized, tensors.floats, dtype, path)
     _tell(path, tensors)
     return model, _tokenizer(header)

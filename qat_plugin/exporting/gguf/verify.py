@@ -18,6 +18,7 @@ from qat_plugin.exporting.gguf.layout import DTYPES, Entry, integers, layout, nu
 from qat_plugin.exporting.gguf.notes import notes_of
 from qat_plugin.exporting.gguf.options import Options
 from qat_plugin.exporting.gguf.reference import Reference
+from qat_plugin.exporting.gguf.schemes import KEY, spelled
 from qat_plugin.exporting.verification import Comparison, Verification, relative_difference
 from qat_plugin.measure import parameter_count
 from qat_plugin.measure.host_memory import available_bytes
@@ -109,6 +110,8 @@ def compare_tensors(model: Exportable, path: Path, entries: list[Entry]) -> Comp
     import gguf
 
     stored, seen, held = _stored(path, entries), Comparison(), state(model)
+    if gguf.GGUFReader(path).fields[KEY].contents() != spelled(model, entries):
+        raise ExportError(f"{path.name} names other schemes than the model's ({KEY})")
     for entry in entries:
         tensor = stored[entry.name]
         if tensor.tensor_type.name != entry.kind or tuple(map(int, reversed(tensor.shape))) != entry.shape:
