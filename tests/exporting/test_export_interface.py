@@ -203,3 +203,29 @@ def test_the_model_in_a_lightning_module_is_exported(tmp_path: Path) -> None:
         layer.name for layer in proof_of(module).layers
     }
     assert export_model(module, "gguf", tmp_path / "model").path.is_file()
+
+
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained", [torch.float32, torch.bfloat16])
+def test_a_model_is_read_in_the_float_type_that_was_asked_for(
+    trained: torch.dtype, wanted: torch.dtype, tmp_path: Path
+) -> None:
+    import qat_plugin
+    from qat_plugin.exporting.contents import outputs_of
+    from tests.exporting.tiny_llama import SAMPLE, converted
+
+    model = converted({"embedding": "fp16", "attention": "w8a8", "ffn": "w4a16-g32"}, dtype=trained)
+    made = export_model(model, "converted", tmp_path / "out")
+    read, _ = qat_plugin.load(made.path, dtype=wanted)
+    assert {parameter.dtype for parameter in read.parameters()} == {wanted} and read.dtype == wanted
+    ours, theirs = Exportable(model, ()).layers, Exportable(read, ()).layers
+    for name, layer in ours.items():
+        held, found = layer.integers, theirs[name].integers
+        assert torch.equal(held.q, found.q) and torch.equal(held.scale, found.scale)
+    assert [entry.kernel for entry in Exportable(read, ()).plan.quantized] == [
+        getattr(module.weight, "kernel_name", "cast")
+        for name, module in read.named_modules()
+        if name in {entry.name for entry in Exportable(read, ()).plan.quantized}
+    ]
+    error = (outputs_of(read, SAMPLE) - outputs_of(model, SAMPLE)).norm() / outputs_of(model, SAMPLE).norm()
+    assert error == 0 if wanted == trained else error < 3e-2

@@ -60,3 +60,15 @@ def test_numbers_that_are_not_finite_are_named(tmp_path: Path) -> None:
     model.model.norm.weight.data[3] = float("nan")
     with pytest.raises(ExportError, match=r"not finite; model\.norm\.weight hold some"):
         export_model(model, "gguf", tmp_path / "model")
+
+
+def test_a_network_that_its_configuration_does_not_describe_is_refused(tmp_path: Path) -> None:
+    pruned = network("Llama")
+    pruned.model.layers = pruned.model.layers[:1]
+    with pytest.raises(ExportError, match=r"layers\.1\..*not there, by the configuration \[.* and .* more"):
+        export_model(convert(pruned, "w4a16-g32"), "gguf", tmp_path / "model", options={"outputs": False})
+    resized = network("Llama")
+    resized.lm_head = torch.nn.Linear(64, 170, bias=False)
+    with pytest.raises(ExportError, match=r"lm_head\.weight \(\[170, 64\], by the configuration \[160, 64\]\)"):
+        export_model(convert(resized, "w4a16-g32"), "gguf", tmp_path / "model", options={"outputs": False})
+    assert list(tmp_path.iterdir()) == []
