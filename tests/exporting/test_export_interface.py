@@ -203,6 +203,8 @@ def test_the_model_in_a_lightning_module_is_exported(tmp_path: Path) -> None:
         layer.name for layer in proof_of(module).layers
     }
     assert export_model(module, "gguf", tmp_path / "model").path.is_file()
+    compiled = torch.compile(module.model, backend="eager")
+    assert export_model(compiled, "gguf", tmp_path / "compiled").path.is_file()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
