@@ -42,7 +42,8 @@ def export(
 
     Args:
         model_or_run: a converted model, or the folder of a run that has one.
-        format: ``"gguf"``, ``"torchao"``, ``"compressed-tensors"``, ``"onnx"``, ``"executorch"`` or ``"converted"``.
+        format: ``"gguf"``, ``"torchao"``, ``"compressed-tensors"``, ``"onnx"``, ``"executorch"`` or ``"converted"``;
+            of a run with adapters ``"peft"`` or ``"bitsandbytes"``.
         path: the file or folder to write; of a run by default ``exported/<format>`` in its folder.
         tokenizer, sample: of a model; a run brings its own. See
             :func:`~qat_plugin.exporting.export.export_model`.

@@ -133,6 +133,8 @@ def test_what_is_not_a_model_is_said_to_be_none(tmp_path: Path) -> None:
     import qat_plugin
     from qat_plugin.errors import CheckpointError, DataError
 
+    with pytest.raises(ConfigError, match="is no float type of torch"):
+        qat_plugin.load(tmp_path, dtype="bfloat16")  # type: ignore[arg-type]
     with pytest.raises(DataError, match="there is nothing at"):
         qat_plugin.load(tmp_path / "nowhere.gguf")
     (tmp_path / "file.bin").write_bytes(b"ABCD")
