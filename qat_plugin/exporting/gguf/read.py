@@ -21,6 +21,7 @@ from qat_plugin.exporting.gguf.read_config import config_of
 from qat_plugin.exporting.gguf.read_tensors import Tensors, tensors_of
 from qat_plugin.exporting.gguf.schemes import schemes_of
 from qat_plugin.exporting.gguf.seal import check_seal, is_sealed
+from qat_plugin.exporting.gguf.splitting import rebuild, split_as_written
 from qat_plugin.kernels.torchao_import import known_noise_dropped
 from qat_plugin.qlora.architecture import empty_from_config
 from qat_plugin.qlora.source import first_line, quiet_transformers, some
@@ -46,11 +47,12 @@ def read(path: Path, dtype: torch.dtype, *, checksums: bool = True) -> tuple[Any
     with quiet_transformers(), known_noise_dropped():
         config = config_of(header)
         network = empty_from_config(config, dtype)
-    trained = schemes_of(header) if checksums and is_sealed(header) else {}
+    sealed = checksums and is_sealed(header)
+    trained = schemes_of(header) if sealed else {}
     tensors = tensors_of(header, network, network.config, trained)
     model = assemble(network, tensors.quantized, tensors.floats, dtype, path)
     _tell(path, tensors)
-    return model, _tokenizer(header)
+    return model, _tokenizer(header, sealed=sealed)
 
 
 def _tell(path: Path, tensors: Tensors) -> None:
@@ -63,7 +65,7 @@ def _tell(path: Path, tensors: Tensors) -> None:
         warnings.warn(f"{path.name}: read as float numbers: {count} ({some(names)}): {reason}", stacklevel=4)
 
 
-def _tokenizer(header: Header) -> Any:
+def _tokenizer(header: Header, *, sealed: bool) -> Any:
     """The file's tokenizer, by transformers' own reading of it; one that cannot be built is told."""
     if "tokenizer.ggml.tokens" not in header.metadata:
         return None
@@ -76,6 +78,7 @@ def _tokenizer(header: Header) -> Any:
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(
                     folder, gguf_file="model.gguf", local_files_only=True
                 )
+            split_as_written(tokenizer, header, sealed=sealed)
         except Exception as error:  # of any kind: the tokenizers library raises its own
             warnings.warn(f"{header.path.name}: its tokenizer cannot be built ({first_line(error)})", stacklevel=4)
             return None
@@ -88,10 +91,8 @@ def _tokenizer(header: Header) -> Any:
 
 def _drop_tokens(tokenizer: Any, rows: int) -> None:
     """Take out tokens that the file does not have: classes of transformers add their own (``<|endoftext|>``)."""
-    from tokenizers import Tokenizer
-
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     described["added_tokens"] = [token for token in described["added_tokens"] if token["id"] < rows]
-    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(described))
+    rebuild(tokenizer, described)
     if added := [token for token, number in tokenizer.get_vocab().items() if number >= rows]:
         warnings.warn(f"its tokenizer has tokens that the model has no rows for: {some(sorted(added))}", stacklevel=5)

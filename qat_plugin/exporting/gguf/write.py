@@ -6,11 +6,11 @@ from pathlib import Path
 
 from qat_plugin.exporting.contents import Exportable
 from qat_plugin.exporting.formats import Told
+from qat_plugin.exporting.gguf import schemes, splitting
 from qat_plugin.exporting.gguf.families import family_of
 from qat_plugin.exporting.gguf.layout import arrays, layout
 from qat_plugin.exporting.gguf.metadata import add_metadata
 from qat_plugin.exporting.gguf.options import Options
-from qat_plugin.exporting.gguf.schemes import KEY, spelled
 from qat_plugin.exporting.gguf.seal import BLANK, DATA_SEAL, SEAL, seal
 from qat_plugin.exporting.gguf.vocabulary import vocabulary_of
 
@@ -34,7 +34,9 @@ def write_file(model: Exportable, path: Path, options: Options, progress: Told, 
         add_metadata(writer, model, options, entries)
         vocabulary_of(model, options).add_to(writer)
         if sealed:
-            writer.add_string(KEY, spelled(model, entries))
+            writer.add_string(schemes.KEY, schemes.spelled(model, entries))
+            if model.tokenizer is not None:
+                writer.add_string(splitting.KEY, splitting.splitting_of(model.tokenizer))
             for key in (SEAL, DATA_SEAL):
                 writer.add_string(key, BLANK)
         for entry in entries:
