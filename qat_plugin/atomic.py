@@ -37,13 +37,10 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         yield building
         if path.exists():
             os.replace(path, old)
-        try:
-            os.replace(building, path)
-        except OSError:
-            if old.exists():
-                os.replace(old, path)
-            raise
+        os.replace(building, path)
     finally:
+        if old.exists() and not path.exists():  # however it ended: an error, or Ctrl-C between the two
+            os.replace(old, path)
         shutil.rmtree(workshop, ignore_errors=True)
 
 

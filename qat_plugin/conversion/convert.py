@@ -28,7 +28,7 @@ from qat_plugin.errors import ConversionError, did_you_mean
 from qat_plugin.kernels import LayerSpec, choose, kernel_named
 from qat_plugin.kernels.scales import scale_dtype
 from qat_plugin.kernels.weight import QuantizedWeight, is_converted_weight
-from qat_plugin.policy import Plan, PolicyLike, plan_for
+from qat_plugin.policy import Plan, PolicyLike, clean_name, plan_for
 from qat_plugin.qat import (
     LayerQuantizer,
     check_observed,
@@ -136,7 +136,7 @@ def convert(
     if dtype is not None:
         cast_parameters(model, dtype, casts)
         _cast_buffers(model, dtype)
-    model._qat_conversion = Conversion(with_kernels(agreed, layers), proof)  # type: ignore[assignment]
+    remember(model, Conversion(with_kernels(agreed, layers), proof))
     return model
 
 
@@ -164,6 +164,32 @@ def conversion_of(model: nn.Module) -> Conversion:
     if not isinstance(conversion, Conversion):
         raise ConversionError(f"{type(model).__name__} was not converted by convert() or load_converted()")
     return conversion
+
+
+def remember(model: nn.Module, conversion: Conversion) -> None:
+    """Let a converted model know its plan and proof, and the module inside that holds all of its layers, if any.
+
+    What a LightningModule trains can be taken out of it and saved or exported on its own.
+    """
+    model._qat_conversion = conversion  # type: ignore[assignment]
+    for name, child in model.named_children():
+        prefix = f"{cleaned}." if (cleaned := clean_name(name)) else ""
+        if len(conversion.plan) and all(entry.name.startswith(prefix) for entry in conversion.plan):
+            remember(child, _below(conversion, prefix, type(child).__name__))
+
+
+def _below(conversion: Conversion, prefix: str, model: str) -> Conversion:
+    """The same by the names of a module inside."""
+
+    def inside(name: str) -> str:
+        return name.removeprefix(prefix)
+
+    plan = (
+        replace(entry, name=inside(entry.name), tied_to=None if entry.tied_to is None else inside(entry.tied_to))
+        for entry in conversion.plan
+    )
+    proof = (replace(entry, name=inside(entry.name)) for entry in conversion.proof.layers)
+    return Conversion(Plan(tuple(plan), model), Proof(tuple(proof)))
 
 
 def _check_same_plan(model: nn.Module, plan: Plan | PolicyLike) -> None:

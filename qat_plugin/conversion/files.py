@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from qat_plugin.atomic import replacing, write_text
 from qat_plugin.conversion.absorb import absorb_norms
-from qat_plugin.conversion.convert import Conversion, conversion_of, is_converted
+from qat_plugin.conversion.convert import Conversion, conversion_of, is_converted, remember, with_kernels
 from qat_plugin.conversion.frozen import refuse_training
 from qat_plugin.conversion.proof import Proof
 from qat_plugin.conversion.reload import requantize_on_load
@@ -34,7 +34,7 @@ from qat_plugin.kernels.packing import pack, packed_columns, unpack
 from qat_plugin.kernels.scales import scale_dtype
 from qat_plugin.kernels.weight import CastWeight, QuantizedWeight, is_converted_weight
 from qat_plugin.numerics import Quantized
-from qat_plugin.policy import Plan
+from qat_plugin.policy import Plan, clean_name
 from qat_plugin.qat import is_prepared
 from qat_plugin.qat.folding import fold_names, set_folds
 from qat_plugin.scheme import Scheme
@@ -143,12 +143,15 @@ def _parts(weight: QuantizedWeight) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone().contiguous() for name, value in parts.items() if value is not None}
 
 
-def load_converted(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
+def load_converted(
+    model: nn.Module, directory: str | os.PathLike[str], *, dtype: torch.dtype | None = None
+) -> nn.Module:
     """Load what :func:`save_converted` wrote into a float model of the same architecture, in place.
 
     Args:
         model: the float model; it may be on the meta device.
         directory: a folder that :func:`save_converted` wrote.
+        dtype: the float type to run in; by default that of the saved model. Integers and scales stay what they are.
 
     Returns:
         ``model``, converted, where it was (the CPU for the meta device) and in eval mode or not as it was.
@@ -164,15 +167,21 @@ def load_converted(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Mo
     path = Path(directory) / WEIGHTS
     tensors, header = _read(path)
     try:
-        weights = {name: _assemble(name, entry, tensors) for name, entry in header["entries"].items()}
+        weights = {name: _assemble(name, entry, tensors, dtype) for name, entry in header["entries"].items()}
         weights |= {
-            name: tensor for name, tensor in tensors.items() if name not in weights and not _is_part(name, weights)
+            name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+            for name, tensor in tensors.items()
+            if name not in weights and not _is_part(name, weights)
         }
         ties: dict[str, str] = dict(header["ties"])
         conversion = Conversion(Plan.from_list(header["plan"], header["model"]), Proof.from_list(header["proof"]))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
-    return install_converted(model, weights, ties, conversion, path, folded=header.get("folded", []))
+    made = install_converted(model, weights, ties, conversion, path, folded=header.get("folded", []))
+    if dtype is not None:
+        layers = {clean_name(name): module for name, module in made.named_modules()}
+        remember(made, Conversion(with_kernels(conversion.plan, layers), conversion.proof))
+    return made
 
 
 def install_converted(
@@ -202,7 +211,7 @@ def install_converted(
     set_folds(model, folded)
     refuse_training(_install(model, weights, ties))
     absorb_norms(model)
-    model._qat_conversion = conversion  # type: ignore[assignment]
+    remember(model, conversion)
     return model
 
 
@@ -236,9 +245,9 @@ def _is_part(name: str, weights: Mapping[str, Tensor]) -> bool:
     return part in ("q", "scale", "zero_point", "activation_scale", "input_scale") and stem in weights
 
 
-def _assemble(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
+def _assemble(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> Tensor:
     if "cast" in entry:
-        return CastWeight(tensors[name], _DTYPES[entry["cast"]])
+        return CastWeight(tensors[name], dtype or _DTYPES[entry["cast"]])
     scheme = Scheme.parse(entry["scheme"])
     rows, columns = (int(size) for size in entry["shape"])
     packed, scale = tensors[f"{name}.q"], tensors[f"{name}.scale"].float()
@@ -253,7 +262,7 @@ def _assemble(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]
     q = unpack(packed, scheme.weight_bits, columns, signed=scheme.symmetric)
     return QuantizedWeight.from_integers(
         Quantized(q, scale, tensors.get(f"{name}.zero_point"), scheme),
-        _DTYPES[entry["dtype"]],
+        dtype or _DTYPES[entry["dtype"]],
         transposed=bool(entry["transposed"]),
         usage=entry["usage"],
         conv=ConvShape(tuple(map(int, entry["conv"])), int(entry["groups"])) if "conv" in entry else None,

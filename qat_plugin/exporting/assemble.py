@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_plugin.conversion import Proof
-from qat_plugin.conversion.convert import Conversion, with_kernels
+from qat_plugin.conversion.convert import Conversion, remember, with_kernels
 from qat_plugin.conversion.files import install_converted
 from qat_plugin.errors import CheckpointError
 from qat_plugin.kernels.weight import CastWeight, QuantizedWeight
@@ -85,7 +85,7 @@ def assemble(
     plan = Policy({**schemes}).plan(network, device="cpu", dtype=dtype)
     made = install_converted(network, weights, ties, Conversion(plan, Proof(())), origin).eval()
     plan = with_kernels(plan, dict(made.named_modules()))  # scales made elsewhere can make kernels others
-    made._qat_conversion = Conversion(plan, Proof(()))  # type: ignore[assignment]
+    remember(made, Conversion(plan, Proof(())))
     return made
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_plugin import qlora
+from qat_plugin.errors import ExportError
 from qat_plugin.exporting.contents import Exportable, outputs_of
 from qat_plugin.exporting.formats import Told
 from qat_plugin.exporting.refusal import Refusal
@@ -80,6 +81,8 @@ def verify(model: Exportable, path: Path, options: Options) -> Verification:
         ).eval()
     seen, there = Comparison(), dict(_tensors(read))
     for name, tensor in _tensors(model.network):
+        if name not in there:
+            raise ExportError(f"transformers finds no {name} in the file")
         seen.plain(name, tensor.detach().cpu(), there[name].detach().cpu())
     with qlora.without_adapters(model.network):
         wanted = model.outputs()

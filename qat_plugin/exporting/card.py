@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from qat_plugin.exporting.contents import Exportable
 from qat_plugin.exporting.formats import Format
@@ -12,6 +13,9 @@ from qat_plugin.policy.plan import human_bytes
 from qat_plugin.report.markdown import table_of
 from qat_plugin.report.model import Report
 from qat_plugin.report.tables import Table, ladder
+
+SIGN: Final = "Quantized by qat_plugin."
+"""What each card says, by which a folder is known to be an export."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def model_card(
     )
     parts = [
         f"# {facts.title or type(model.network).__name__}, {chosen.title}",
-        f"Quantized by qat_plugin. {kept}. Read back: {proven}",
+        f"{SIGN} {kept}. Read back: {proven}",
         f"## Load\n\n```\n{usage.strip()}\n```",
         table_of(_sizes(model, chosen, size)),
     ]

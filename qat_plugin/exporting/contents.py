@@ -132,6 +132,15 @@ def outputs_of(network: nn.Module, sample: Mapping[str, Tensor] | tuple[Tensor, 
     return given.detach().float().cpu()
 
 
+def language_model_in(network: nn.Module) -> nn.Module:
+    """The transformers model that a wrapper (a LightningModule, a compiled module) holds; any other module as it is."""
+    network = network._modules.get("_orig_mod") or network  # torch.compile's, which answers for what it wraps
+    found = [module for module in network.modules() if hasattr(module, "generation_config")]
+    own = {id(parameter) for parameter in found[0].parameters()} if found else set()
+    whole = bool(found) and all(id(parameter) in own for parameter in network.parameters())
+    return found[0] if whole and not hasattr(network, "generation_config") else network
+
+
 def check_adapted(network: nn.Module) -> None:
     """Raise unless a network has the adapters of QLoRA on a frozen base.
 

@@ -19,14 +19,15 @@ from torch import Tensor, nn
 
 from qat_plugin.atomic import replacing, replacing_folder, write_text
 from qat_plugin.errors import ConfigError, ExportError
-from qat_plugin.exporting.card import CardFacts, model_card
-from qat_plugin.exporting.contents import Exportable, check_adapted, check_converted
+from qat_plugin.exporting.card import SIGN, CardFacts, model_card
+from qat_plugin.exporting.contents import Exportable, check_adapted, check_converted, language_model_in
 from qat_plugin.exporting.formats import Format, Told, Writer, format_named
 from qat_plugin.exporting.refusal import check_refusals
 from qat_plugin.exporting.verification import Verification
 from qat_plugin.measure import file_bytes
 from qat_plugin.measure.progress import progressing
 
+CARD = "README.md"
 _SAMPLE_TOKENS = 24
 
 
@@ -70,10 +71,11 @@ def export_model(
 
     Args:
         network: converted (with adapters on a frozen base, for peft and bitsandbytes); it is left as it is (in eval
-            mode while this runs).
+            mode while this runs). Of a LightningModule around a transformers model, that model is exported.
         format: a name of :data:`~qat_plugin.exporting.formats.FORMATS`.
         path: the file to write (its suffix is added where it has none), or the folder; replaced when it exists, once
-            the new one is proven. The model card goes into the folder, or beside the file as ``<file>.md``.
+            the new one is proven. Of folders only empty ones and earlier exports are: what else lies in one is never
+            deleted. The model card goes into the folder, or beside the file as ``<file>.md``.
         tokenizer: of a language model; goes into the file where the format has a place for it.
         sample: one call's arguments (a mapping of keyword arguments or a tuple): what is traced, and what outputs are
             compared on. By default token ids for a transformers language model.
@@ -83,12 +85,11 @@ def export_model(
         progress: show progress of work longer than two seconds.
 
     Raises:
-        ConfigError: for an unknown format or option, or a package that is not installed.
+        ConfigError: for an unknown format or option, a package that is not installed, or a path that something else
+            is at.
         ExportError: when the format cannot hold the plan (nothing is written), or the file does not hold the model.
     """
-    chosen = format_named(format)
-    writer, settings = chosen.writer(), chosen.options(options or {})
-    (check_adapted if chosen.of_adapters else check_converted)(network)
+    chosen, writer, settings, network = _asked(network, format, options)
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
@@ -118,12 +119,22 @@ def check_format(
         ConfigError: for an unknown format or option, or a package that is not installed.
         ExportError: when the format cannot hold the plan.
     """
-    chosen = format_named(format)
-    writer, settings = chosen.writer(), chosen.options(options or {})
-    (check_adapted if chosen.of_adapters else check_converted)(network)
+    chosen, writer, settings, network = _asked(network, format, options)
     with torch.no_grad():
         model = Exportable(network, _sample(network) if sample is None else sample, tokenizer)
         check_refusals(writer.refusals(model, settings), chosen.title)
+
+
+def _asked(network: nn.Module, format: str, options: Mapping[str, Any] | None) -> tuple[Format, Writer, Any, nn.Module]:
+    """The format, its writer and options, and the network that is meant, of a kind that the format is of."""
+    chosen = format_named(format)
+    writer, settings = chosen.writer(), chosen.options(options or {})
+    if chosen.of_adapters:
+        check_adapted(network)
+    else:
+        network = language_model_in(network)
+        check_converted(network)
+    return chosen, writer, settings, network
 
 
 def _written(
@@ -137,6 +148,7 @@ def _written(
     facts: CardFacts | None,
     progress: bool,
 ) -> Exported:
+    card = _card(chosen, target)
     total = len(model.network.state_dict())
     place = replacing if chosen.suffix else replacing_folder
     try:
@@ -149,12 +161,11 @@ def _written(
             size = file_bytes(temporary)
             text = model_card(model, chosen, usage, size, found, facts or CardFacts(), exact=kept)
             if not chosen.suffix:
-                write_text(temporary / "README.md", text)
+                write_text(temporary / CARD, text)
+        if chosen.suffix:
+            write_text(card, text)
     except OSError as error:
         raise ExportError(f"cannot write {target}: {error.strerror or error}; choose another path") from error
-    card = target.with_name(f"{target.name}.md") if chosen.suffix else target / "README.md"
-    if chosen.suffix:
-        write_text(card, text)
     return Exported(target, chosen.name, found, file_bytes(target), card)
 
 
@@ -163,10 +174,30 @@ def _target(chosen: Format, path: Path) -> Path:
     if not chosen.suffix:
         if path.exists() and not path.is_dir():
             raise ConfigError(f"{path} is a file; {chosen.title} is a folder: choose another path")
+        if path.is_dir() and any(path.iterdir()) and not _is_export(path):
+            raise ConfigError(
+                f"{path} holds other files than an export's ({CARD} is no model card of this project): they would be "
+                f"deleted. Give a folder of its own, such as {path / chosen.name}"
+            )
         return path
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; {chosen.title} is one file: give its name, such as {path / 'model'}")
-    return path if path.suffix == chosen.suffix else path.with_name(path.name + chosen.suffix)
+    target = path if path.suffix == chosen.suffix else path.with_name(path.name + chosen.suffix)
+    for place in (target, _card(chosen, target)):
+        if place.is_dir():
+            raise ConfigError(f"{place}, which is to be written, is a folder: choose another path")
+    return target
+
+
+def _card(chosen: Format, target: Path) -> Path:
+    return target.with_name(f"{target.name}.md") if chosen.suffix else target / CARD
+
+
+def _is_export(folder: Path) -> bool:
+    try:
+        return SIGN in (folder / CARD).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
 
 
 def _sample(network: nn.Module) -> dict[str, Tensor]:

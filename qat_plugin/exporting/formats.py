@@ -18,7 +18,7 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol, get_type_hints
 
 from qat_plugin.errors import ConfigError, did_you_mean
 from qat_plugin.exporting.contents import Exportable
@@ -95,14 +95,32 @@ class Format:
             ConfigError: for an option that there is none of, or a value that is not allowed.
         """
         kind = self.writer().Options
-        known = [entry.name for entry in fields(kind)]
-        for name in given:
+        known, types = [entry.name for entry in fields(kind)], get_type_hints(kind)
+        for name, value in given.items():
             if name not in known:
                 raise ConfigError(
                     f"format={self.name} has no option {name!r}.{did_you_mean(name, known)} "
                     + (f"Its options: {', '.join(known)}" if known else "It has none")
                 )
+            if not _is_of(value, types[name]):
+                raise ConfigError(
+                    f"format={self.name}: option {name}={value!r} is of type {type(value).__name__}; it takes "
+                    f"{_KINDS[types[name]]}"
+                )
         return kind(**given)
+
+
+_KINDS: Final[dict[Any, str]] = {
+    str: "text, in quotes where it looks like a number",
+    bool: "true or false",
+    bool | None: "true, false or null",
+    int: "a whole number",
+}
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    """Whether an option's value is of its type; a truth value is no number."""
+    return isinstance(value, kind) and (kind is not int or not isinstance(value, bool))
 
 
 FORMATS = {

@@ -73,7 +73,7 @@ def read(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     Raises:
         CheckpointError: when the folder has no configuration, or its weights are another model's.
     """
-    network = load_converted(empty_model(path, dtype), path)
+    network = load_converted(empty_model(path, dtype), path, dtype=dtype)
     has_tokenizer = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
     return network.eval(), load_tokenizer(path) if has_tokenizer else None
 

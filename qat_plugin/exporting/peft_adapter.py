@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from qat_plugin import qlora
+from qat_plugin.errors import ExportError
 from qat_plugin.exporting.contents import Exportable, outputs_of
 from qat_plugin.exporting.formats import Told
 from qat_plugin.exporting.refusal import Refusal
@@ -54,9 +55,9 @@ def verify(model: Exportable, path: Path, options: Options) -> Verification:
     for name, layer in adapter_layers(adapter_root(model.network)).items():
         update = update_of(layer)
         for tensor, part in ((update.a, "lora_A.weight"), (update.b, "lora_B.weight")):
-            seen.plain(name, tensor.detach().cpu(), stored.pop(f"{PREFIX}{name}.{part}"))
+            seen.plain(name, tensor.detach().cpu(), _taken(stored, f"{PREFIX}{name}.{part}"))
         if update.magnitude is not None:
-            seen.plain(name, update.magnitude.detach().cpu(), stored.pop(f"{PREFIX}{name}.lora_magnitude_vector"))
+            seen.plain(name, update.magnitude.detach().cpu(), _taken(stored, f"{PREFIX}{name}.lora_magnitude_vector"))
     reader, left = f"peft {peft.__version__}", (f"{len(stored)} unknown tensors",) if stored else ()
     if model_bytes(model.network) > _COPIED:
         return seen.verification(reader, reason="a copy of the base would not fit beside it", notes=left)
@@ -74,6 +75,12 @@ def usage(model: Exportable, path: Path, options: Options) -> str:
         "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n"
         f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{path.name}")'
     )
+
+
+def _taken(stored: dict[str, Tensor], name: str) -> Tensor:
+    if name not in stored:
+        raise ExportError(f"the adapter's file lacks {name}")
+    return stored.pop(name)
 
 
 def _without_adapters(network: nn.Module) -> Any:

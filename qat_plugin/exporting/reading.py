@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qat_plugin.conversion.files import PLAN, WEIGHTS
-from qat_plugin.errors import CheckpointError, DataError
+from qat_plugin.errors import CheckpointError, ConfigError, DataError
 from qat_plugin.models.loading import load_causal_lm
 from qat_plugin.qlora.source import read_config
 
@@ -28,7 +28,8 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32, checksums: boo
     """A language model from a file or folder, on this project's kernels where the grids agree.
 
     What a file holds on one of our grids (GGUF's Q4_0, Q4_1, Q8_0; compressed-tensors' and torchao's INT4 and INT8)
-    keeps its integers and scales; everything else becomes float numbers. The result can be evaluated, or exported again
+    keeps its integers and scales; everything else becomes float numbers. A GGUF file that this project sealed gives the
+    schemes that were trained, its activations and groups included. The result can be evaluated, or exported again
     without loss.
 
     Args:
@@ -42,9 +43,12 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32, checksums: boo
         ``(model, tokenizer)``, the model in eval mode on the CPU; the tokenizer is ``None`` where the file has none.
 
     Raises:
+        ConfigError: when ``dtype`` is no float type.
         DataError: when nothing is there.
         CheckpointError: when it is truncated, corrupt, or none of these.
     """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"dtype={dtype!r} is no float type of torch; give torch.float32 or torch.bfloat16")
     place = Path(path).expanduser()
     kind = kind_of(place)
     if kind == _FLOAT:

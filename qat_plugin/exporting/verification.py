@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from qat_plugin.errors import ExportError
 from qat_plugin.numerics import Quantized, row_chunks
+
+_CHUNK = 1 << 22
+_ROUNDING = 2.0**-8  # relative, of bf16, the coarsest type that a file holds floats in; more has left the type's range
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,8 @@ class Verification:
             return self
         if self.integers != 0 or self.scales != 0:
             raise ExportError(f"{path} does not hold the model's integers and scales: {self}")
+        if not self.rounded <= _ROUNDING:
+            raise ExportError(f"{path} holds float tensors in a type that their numbers do not fit in: {self}")
         if self.error is not None and not self.error <= self.tolerance:
             raise ExportError(f"{path} holds the model's integers, but computes something else: {self}")
         return self
@@ -124,15 +130,35 @@ class Comparison:
             scales=_worse(so_far.scales, scales),
         )  # fmt: skip
 
-    def plain(self, name: str, held: Tensor, read: Tensor) -> None:
-        """One float tensor as the file has it, of the model's shape.
+    def plain(self, name: str, held: Tensor, read: Tensor, dtype: torch.dtype | None = None) -> None:
+        """One float tensor as the file has it, of the model's shape: the model's own numbers, rounded to its type.
+
+        Args:
+            name: for the message.
+            held: the model's.
+            read: the file's.
+            dtype: the type that the file holds it in, where ``read`` was widened from it; by default ``read``'s.
+
+        Raises:
+            ExportError: when shapes differ, or a number is another one.
+        """
+        _check_shape(name, held, read)
+        kind = read.dtype if dtype is None else dtype
+        pairs = zip(held.reshape(-1).split(_CHUNK), read.reshape(-1).split(_CHUNK), strict=True)
+        if not all(_same(own.to(kind), other.to(kind)) for own, other in pairs):
+            raise ExportError(f"{name}: the file holds other numbers than the model's in {_name(kind)}")
+        self._float(0.0 if kind == held.dtype else relative_difference(read, held))
+
+    def requantized(self, name: str, held: Tensor, read: Tensor) -> None:
+        """One tensor of a file that was quantized anew: how far its numbers are from the model's.
 
         Raises:
             ExportError: when shapes differ.
         """
-        if held.shape != read.shape:
-            raise ExportError(f"{name}: the file has {tuple(read.shape)}, the model {tuple(held.shape)}")
-        error = relative_difference(read, held)
+        _check_shape(name, held, read)
+        self._float(relative_difference(read, held))
+
+    def _float(self, error: float) -> None:
         so_far = self._so_far
         self._so_far = replace(so_far, floats=so_far.floats + 1, rounded=_worse(so_far.rounded, error))
 
@@ -150,13 +176,35 @@ class Comparison:
 
 
 def relative_difference(found: Tensor, wanted: Tensor) -> float:
-    """``|found - wanted| / |wanted|``, Euclidean norms in float64; infinite where one is NaN."""
-    found, wanted = found.to(torch.float64), wanted.to(torch.float64)
-    difference, norm = float((found - wanted).norm()), float(wanted.norm())
+    """``|found - wanted| / |wanted|``, Euclidean norms in float64; infinite where one is NaN.
+
+    Raises:
+        ValueError: when they have other shapes.
+    """
+    if found.shape != wanted.shape:
+        raise ValueError(f"shapes {tuple(found.shape)} and {tuple(wanted.shape)} cannot be compared")
+    difference = norm = 0.0
+    for ours, theirs in zip(wanted.reshape(-1).split(_CHUNK), found.reshape(-1).split(_CHUNK), strict=True):
+        own = ours.to(torch.float64)
+        norm += float(own.square().sum())
+        difference += float((theirs.to(torch.float64) - own).square().sum())
     if difference == 0:
         return 0.0
-    error = difference / norm if norm else float("inf")
-    return error if error == error else float("inf")
+    error = math.sqrt(difference / norm) if norm else math.inf
+    return error if error == error else math.inf
+
+
+def _check_shape(name: str, held: Tensor, read: Tensor) -> None:
+    if held.shape != read.shape:
+        raise ExportError(f"{name}: the file has {tuple(read.shape)}, the model {tuple(held.shape)}")
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _largest(a: Tensor, b: Tensor, dtype: torch.dtype) -> float:

@@ -43,7 +43,8 @@ def export(
 
     Args:
         model_or_run: a converted model, or the folder of a run that has one.
-        format: ``"gguf"``, ``"torchao"``, ``"compressed-tensors"``, ``"onnx"``, ``"executorch"`` or ``"converted"``.
+        format: ``"gguf"``, ``"torchao"``, ``"compressed-tensors"``, ``"onnx"``, ``"executorch"`` or ``"converted"``;
+            of a run with adapters ``"peft"`` or ``"bitsandbytes"``.
         path: the file or folder to write; of a run by default ``exported/<format>`` in its folder.
         tokenizer, sample: of a model; a run brings its own. See
             :func:`~qat_plugin.exporting.export.export_model`.
@@ -64,11 +65,11 @@ def export(
         )  # fmt: skip
     if tokenizer is not None or sample is not None:
         raise ConfigError("a run brings its own tokenizer and sample: leave tokenizer= and sample= out")
-    return _export_folder(model_or_run, format, path, options or {}, verify)
+    return _export_folder(model_or_run, format, path, options or {}, verify, progress)
 
 
 def _export_folder(
-    run: str | Path, format: str, path: str | Path | None, options: Mapping[str, Any], verify: bool
+    run: str | Path, format: str, path: str | Path | None, options: Mapping[str, Any], verify: bool, progress: bool
 ) -> Exported:
     from qat_plugin.config.arguments import parse
     from qat_plugin.config.launch import launch
@@ -84,7 +85,7 @@ def _export_folder(
             given = replace(given, path=str(path))
         try:
             with journal(None, verbose=config.verbose):
-                made.append(export_of(replace(config, export=given), job))
+                made.append(export_of(replace(config, export=given), job, progress=progress))
         except QatError as error:
             mistakes.append(error)
         return 0
@@ -105,7 +106,7 @@ def export_run(job: Job) -> None:
     export_of(job.config, job)
 
 
-def export_of(config: Config, job: Job) -> Exported:
+def export_of(config: Config, job: Job, *, progress: bool = True) -> Exported:
     """Export the converted model of the folder that ``run.dir`` names."""
     from qat_plugin.runs.jobs import subject_of
 
@@ -115,7 +116,7 @@ def export_of(config: Config, job: Job) -> Exported:
         raise ConfigError("task=export needs to know the format: format=gguf, for example")
     folder = Path(config.run.dir).expanduser().absolute()
     report = read_report(folder / REPORT_JSON) if (folder / REPORT_JSON).is_file() else None
-    return export_from(folder, config, subject_of(job), report)
+    return export_from(folder, config, subject_of(job), report, progress=progress)
 
 
 def check_before(config: Config, subject: Subject, plan: Plan) -> None:
@@ -144,7 +145,9 @@ def check_before(config: Config, subject: Subject, plan: Plan) -> None:
     check_format(network, chosen.name, tokenizer=tokenizer, sample=_sample(subject), options=wanted.options)
 
 
-def export_from(folder: Path, config: Config, subject: Subject, report: Report | None) -> Exported:
+def export_from(
+    folder: Path, config: Config, subject: Subject, report: Report | None, *, progress: bool = True
+) -> Exported:
     """Export what a run's folder holds as the recipe's section ``export`` says, and say what came of it.
 
     Raises:
@@ -170,6 +173,7 @@ def export_from(folder: Path, config: Config, subject: Subject, report: Report |
         options=wanted.options,
         verify=wanted.verify,
         facts=facts,
+        progress=progress,
     )
     say(str(made))
     say(f"model card: {made.card}")

@@ -133,6 +133,8 @@ def test_what_is_not_a_model_is_said_to_be_none(tmp_path: Path) -> None:
     import qat_plugin
     from qat_plugin.errors import CheckpointError, DataError
 
+    with pytest.raises(ConfigError, match="is no float type of torch"):
+        qat_plugin.load(tmp_path, dtype="bfloat16")  # type: ignore[arg-type]
     with pytest.raises(DataError, match="there is nothing at"):
         qat_plugin.load(tmp_path / "nowhere.gguf")
     (tmp_path / "file.bin").write_bytes(b"ABCD")
@@ -141,3 +143,93 @@ def test_what_is_not_a_model_is_said_to_be_none(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "aqlm"}}')
     with pytest.raises(CheckpointError, match="quantized by 'aqlm'"):
         qat_plugin.load(tmp_path)
+
+
+def test_a_folder_of_other_files_is_never_replaced(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match=r"holds other files than an export's.*such as .*mine/converted"):
+        export_model(small(), "converted", mine, sample=SAMPLE)
+    (mine / "README.md").write_text("# my project")
+    with pytest.raises(ConfigError, match="would be deleted"):
+        export_model(small(), "converted", mine, sample=SAMPLE)
+    assert sorted(p.name for p in mine.iterdir()) == ["README.md", "thesis.txt"]
+    (tmp_path / "empty").mkdir()
+    made = export_model(small(), "converted", tmp_path / "empty", sample=SAMPLE)
+    assert export_model(small(), "converted", made.path, sample=SAMPLE).bytes == made.bytes
+
+
+def test_a_place_for_the_file_or_its_card_that_is_a_folder_is_refused(tmp_path: Path) -> None:
+    from tests.exporting.tiny_llama import converted
+
+    model = converted({"ffn": "w4a16-g32"})
+    for name in ("model.gguf", "other.gguf.md"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(ConfigError, match=f"{name}.* is a folder"):
+            export_model(model, "gguf", tmp_path / name.partition(".")[0])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.gguf", "other.gguf.md"]
+
+
+def test_a_float_tensor_that_was_changed_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = native.write
+
+    def altered(model: Exportable, path: Path, *rest: Any) -> None:
+        write(model, path, *rest)
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(path / "model.safetensors")
+        tensors["2.bias"][3] += 1e-6
+        save_file(tensors, path / "model.safetensors")
+
+    monkeypatch.setattr(native, "write", altered)
+    with pytest.raises(ExportError, match=r"2\.bias: the file holds other numbers"):
+        export_model(small(), "converted", tmp_path / "out", sample=SAMPLE)
+
+
+def test_the_model_in_a_lightning_module_is_exported(tmp_path: Path) -> None:
+    import qat_plugin
+    from qat_plugin import proof_of
+    from qat_plugin.exporting.contents import outputs_of
+    from qat_plugin.models.causal_lm import CausalLM
+    from tests.exporting.tiny_llama import SAMPLE, llama
+
+    module = CausalLM(llama(tied=True))
+    convert(module, Policy({"attention": "w8a8", "ffn": "w4a16-g32"}, keep=["embedding", "lm_head"]))
+    whole = export_model(module, "converted", tmp_path / "whole")
+    inner = export_model(module.model, "converted", tmp_path / "inner")
+    for made in (whole, inner):
+        read, _ = qat_plugin.load(made.path)
+        assert torch.equal(outputs_of(read, SAMPLE), outputs_of(module.model.eval(), SAMPLE))
+    assert {f"model.{layer.name}" for layer in proof_of(module.model).layers} == {
+        layer.name for layer in proof_of(module).layers
+    }
+    assert export_model(module, "gguf", tmp_path / "model").path.is_file()
+    compiled = torch.compile(module.model, backend="eager")
+    assert export_model(compiled, "gguf", tmp_path / "compiled").path.is_file()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained", [torch.float32, torch.bfloat16])
+def test_a_model_is_read_in_the_float_type_that_was_asked_for(
+    trained: torch.dtype, wanted: torch.dtype, tmp_path: Path
+) -> None:
+    import qat_plugin
+    from qat_plugin.exporting.contents import outputs_of
+    from tests.exporting.tiny_llama import SAMPLE, converted
+
+    model = converted({"embedding": "fp16", "attention": "w8a8", "ffn": "w4a16-g32"}, dtype=trained)
+    made = export_model(model, "converted", tmp_path / "out")
+    read, _ = qat_plugin.load(made.path, dtype=wanted)
+    assert {parameter.dtype for parameter in read.parameters()} == {wanted} and read.dtype == wanted
+    ours, theirs = Exportable(model, ()).layers, Exportable(read, ()).layers
+    for name, layer in ours.items():
+        held, found = layer.integers, theirs[name].integers
+        assert torch.equal(held.q, found.q) and torch.equal(held.scale, found.scale)
+    assert [entry.kernel for entry in Exportable(read, ()).plan.quantized] == [
+        getattr(module.weight, "kernel_name", "cast")
+        for name, module in read.named_modules()
+        if name in {entry.name for entry in Exportable(read, ()).plan.quantized}
+    ]
+    error = (outputs_of(read, SAMPLE) - outputs_of(model, SAMPLE)).norm() / outputs_of(model, SAMPLE).norm()
+    assert error == 0 if wanted == trained else error < 3e-2

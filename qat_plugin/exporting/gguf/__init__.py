@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qat_plugin.exporting.contents import Exportable
 from qat_plugin.exporting.formats import Told
+from qat_plugin.exporting.gguf.copies import check_described
 from qat_plugin.exporting.gguf.fits import refusal_of
 from qat_plugin.exporting.gguf.kquant import check_kquant, requantize
 from qat_plugin.exporting.gguf.layout import layout
@@ -29,6 +30,7 @@ def refusals(model: Exportable, options: Options) -> list[Refusal]:
     if options.kquant:
         check_kquant(options)
     check_metadata(model)
+    check_described(model)
     vocabulary_of(model, options)
     layers = () if options.kquant else model.layers.values()  # llama.cpp quantizes the others' numbers anew
     refused = [found for layer in layers if (found := refusal_of(layer, options.indivisible)) is not None]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat_plugin.errors import ExportError
 from qat_plugin.exporting.contents import Exportable
 from qat_plugin.exporting.gguf.layout import DTYPES, Entry, state
 from qat_plugin.kernels.weight import QuantizedWeight
@@ -32,6 +33,35 @@ def float_copy(model: Exportable, entries: Sequence[Entry]) -> nn.Module:
     network.tie_weights()  # assigned to each name, they are parameters of their own
     copied: nn.Module = network.eval()
     return copied
+
+
+def check_described(model: Exportable) -> None:
+    """Raise unless the configuration, which the file's keys are of, describes the network.
+
+    Raises:
+        ExportError: for layers that were removed or added, or matrices of another size, without a word in it.
+    """
+    kept = model.network.state_dict(keep_vars=True)
+    own = {name: tuple(tensor.shape) for name, tensor in kept.items()}
+    described = {
+        name: tuple(tensor.shape)
+        for name, tensor in empty_from_config(copy.deepcopy(model.config), torch.float32).state_dict().items()
+    }
+    other = sorted(name for name in own.keys() | described.keys() if own.get(name) != described.get(name))
+    if other:
+        shown = ", ".join(
+            f"{name} ({_shape(own.get(name))}, by the configuration {_shape(described.get(name))})"
+            for name in other[:3]
+        )
+        raise ExportError(
+            f"the model is not what its configuration describes: {shown}"
+            + (f" and {len(other) - 3} more" if len(other) > 3 else "")
+            + ". Runtimes build it from that: make model.config say what the model is (vocab_size, num_hidden_layers)"
+        )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "not there" if shape is None else str(list(shape))
 
 
 def _numbers(tensor: Tensor, kind: str) -> Tensor:

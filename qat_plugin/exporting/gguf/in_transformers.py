@@ -60,7 +60,7 @@ def load(model: Exportable, path: Path) -> tuple[Any, list[str]]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with quiet_transformers(), alone(path) as (folder, name):
-        config = AutoConfig.from_pretrained(folder, gguf_file=name)
+        config = AutoConfig.from_pretrained(folder, gguf_file=name, local_files_only=True)
         given = []
         _check_base(config, model, path)
         read = _READ.get(family_of(model.config, model.network).architecture, ())
@@ -72,7 +72,9 @@ def load(model: Exportable, path: Path) -> tuple[Any, list[str]]:
                 setattr(config, setting, own)
                 given.append(setting)
         with redirect_stderr(StringIO()):  # a progress bar that nothing else turns off; warnings are logged elsewhere
-            network = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, config=config, dtype=torch.float32)
+            network = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=name, config=config, dtype=torch.float32, local_files_only=True
+            )
     told = [f"transformers does not read {', '.join(given)} from GGUF: given to it by hand"] if given else []
     return network.eval(), told
 
@@ -85,7 +87,7 @@ def tokenizer_notes(model: Exportable, path: Path) -> list[str]:
 
     try:
         with quiet_transformers(), alone(path) as (folder, name):
-            read = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+            read = AutoTokenizer.from_pretrained(folder, gguf_file=name, local_files_only=True)
     except Exception as error:  # whatever it meets in a vocabulary that it does not know
         return [f"transformers cannot read the vocabulary ({type(error).__name__}: {error})"]
     return [compare_tokens("transformers", model.tokenizer, lambda text: list(read.encode(text)))]

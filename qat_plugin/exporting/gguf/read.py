@@ -1,7 +1,8 @@
 """A GGUF file as a model on this project's kernels.
 
 Q4_0, Q8_0 and, where its minima are zero points, Q4_1 keep their integers and scales; every other type becomes float
-numbers, and is told. A file that carries checksums is held against them first.
+numbers, and is told. A file that carries checksums is held against them first; in one that this project wrote, layers
+have the schemes that they were trained in again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from qat_plugin.exporting.assemble import assemble
 from qat_plugin.exporting.gguf.header import Header, read_header
 from qat_plugin.exporting.gguf.read_config import config_of
 from qat_plugin.exporting.gguf.read_tensors import Tensors, tensors_of
-from qat_plugin.exporting.gguf.seal import check_seal
+from qat_plugin.exporting.gguf.schemes import schemes_of
+from qat_plugin.exporting.gguf.seal import check_seal, is_sealed
+from qat_plugin.exporting.gguf.splitting import rebuild, split_as_written
 from qat_plugin.kernels.torchao_import import known_noise_dropped
 from qat_plugin.qlora.architecture import empty_from_config
 from qat_plugin.qlora.source import first_line, quiet_transformers, some
@@ -32,7 +35,7 @@ def read(path: Path, dtype: torch.dtype, *, checksums: bool = True) -> tuple[Any
     Args:
         path: of a GGUF file of a Llama, Mistral, Qwen 2, Qwen 3 or Gemma 1 to 3.
         dtype: the float type to run in.
-        checksums: hold the file against those it carries.
+        checksums: hold the file against those it carries, and believe the trained schemes that it names beside them.
 
     Raises:
         CheckpointError: when the file is truncated, damaged, of another architecture, or of something that the model's
@@ -44,10 +47,12 @@ def read(path: Path, dtype: torch.dtype, *, checksums: bool = True) -> tuple[Any
     with quiet_transformers(), known_noise_dropped():
         config = config_of(header)
         network = empty_from_config(config, dtype)
-    tensors = tensors_of(header, network, network.config)
+    sealed = checksums and is_sealed(header)
+    trained = schemes_of(header) if sealed else {}
+    tensors = tensors_of(header, network, network.config, trained)
     model = assemble(network, tensors.quantized, tensors.floats, dtype, path)
     _tell(path, tensors)
-    return model, _tokenizer(header)
+    return model, _tokenizer(header, sealed=sealed)
 
 
 def _tell(path: Path, tensors: Tensors) -> None:
@@ -60,7 +65,7 @@ def _tell(path: Path, tensors: Tensors) -> None:
         warnings.warn(f"{path.name}: read as float numbers: {count} ({some(names)}): {reason}", stacklevel=4)
 
 
-def _tokenizer(header: Header) -> Any:
+def _tokenizer(header: Header, *, sealed: bool) -> Any:
     """The file's tokenizer, by transformers' own reading of it; one that cannot be built is told."""
     if "tokenizer.ggml.tokens" not in header.metadata:
         return None
@@ -73,6 +78,7 @@ def _tokenizer(header: Header) -> Any:
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(
                     folder, gguf_file="model.gguf", local_files_only=True
                 )
+            split_as_written(tokenizer, header, sealed=sealed)
         except Exception as error:  # of any kind: the tokenizers library raises its own
             warnings.warn(f"{header.path.name}: its tokenizer cannot be built ({first_line(error)})", stacklevel=4)
             return None
@@ -85,10 +91,8 @@ def _tokenizer(header: Header) -> Any:
 
 def _drop_tokens(tokenizer: Any, rows: int) -> None:
     """Take out tokens that the file does not have: classes of transformers add their own (``<|endoftext|>``)."""
-    from tokenizers import Tokenizer
-
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     described["added_tokens"] = [token for token in described["added_tokens"] if token["id"] < rows]
-    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(described))
+    rebuild(tokenizer, described)
     if added := [token for token, number in tokenizer.get_vocab().items() if number >= rows]:
         warnings.warn(f"its tokenizer has tokens that the model has no rows for: {some(sorted(added))}", stacklevel=5)

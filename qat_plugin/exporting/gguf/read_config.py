@@ -171,6 +171,7 @@ def _qwen2(metadata: Metadata, shared: dict[str, Any]) -> Any:
 
     if shared["head_dim"] * shared["num_attention_heads"] != shared["hidden_size"]:
         raise metadata.refused("its heads are not as wide together as its embedding, which Qwen2 needs")
+    _no_window(metadata, shared)
     rest = {name: value for name, value in shared.items() if name != "head_dim"}
     return Qwen2Config(**rest, rope_parameters=rope_parameters(metadata, shared["head_dim"], 10000.0))
 
@@ -178,11 +179,20 @@ def _qwen2(metadata: Metadata, shared: dict[str, Any]) -> Any:
 def _qwen3(metadata: Metadata, shared: dict[str, Any]) -> Any:
     from transformers import Qwen3Config
 
+    _no_window(metadata, shared)
     return Qwen3Config(
         **shared,
         rope_parameters=rope_parameters(metadata, shared["head_dim"], 10000.0),
         attention_bias="blk.0.attn_q.bias" in metadata.header.tensors,
     )
+
+
+def _no_window(metadata: Metadata, shared: dict[str, Any]) -> None:
+    """Raise for a window that some layers attend to: which ones is not in the file."""
+    length = shared["max_position_embeddings"]
+    window = metadata.whole("attention.sliding_window", length)
+    if window < length:
+        raise metadata.refused(f"some layers attend to a window of {window} tokens, and it does not say which")
 
 
 def _gemma(metadata: Metadata, shared: dict[str, Any]) -> Any:

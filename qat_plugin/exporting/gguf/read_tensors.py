@@ -19,7 +19,9 @@ from qat_plugin.exporting.assemble import Stored
 from qat_plugin.exporting.gguf.header import Header, TensorInfo
 from qat_plugin.exporting.gguf.read_blocks import SCHEMES, off_grid, unpack_blocks
 from qat_plugin.exporting.gguf.read_rope import FACTORS
+from qat_plugin.exporting.gguf.schemes import regrouped
 from qat_plugin.numerics import Quantized
+from qat_plugin.scheme import Scheme
 
 _FLOATS: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 _GEMMAS: Final = ("gemma", "gemma2", "gemma3")
@@ -57,13 +59,14 @@ class Tensors:
     notes: dict[str, str]
 
 
-def tensors_of(header: Header, network: nn.Module, config: Any) -> Tensors:
+def tensors_of(header: Header, network: nn.Module, config: Any, trained: Mapping[str, Scheme] | None = None) -> Tensors:
     """All tensors of a file for a network.
 
     Args:
         header: of the file.
         network: of the file's architecture, its parameters on the meta device.
         config: its configuration.
+        trained: name of a tensor in the file -> the scheme whose integers its blocks hold; by default the block's own.
 
     Raises:
         CheckpointError: when names or shapes in the file are not the network's, or a type cannot be read.
@@ -85,7 +88,7 @@ def tensors_of(header: Header, network: nn.Module, config: Any) -> Tensors:
         if reason:
             notes[info.name] = reason
         if info.kind in SCHEMES and not reason:
-            quantized[name] = _stored(header, info, heads)
+            quantized[name] = _stored(header, info, heads, (trained or {}).get(info.name))
         else:
             less = 1.0 if architecture in _GEMMAS and info.name.endswith("norm.weight") else 0.0
             floats[name] = _float(header, info, heads, less)
@@ -147,14 +150,19 @@ def _reason(header: Header, info: TensorInfo, is_layer: bool) -> str:
     return f"{info.kind} with {reason}" if reason else ""
 
 
-def _stored(header: Header, info: TensorInfo, heads: int) -> Callable[[], Stored]:
+def _stored(header: Header, info: TensorInfo, heads: int, scheme: Scheme | None) -> Callable[[], Stored]:
     def make() -> Stored:
         found = unpack_blocks(header.data(info.name), info.kind, (info.shape[0], info.shape[1]))
-        if not heads:
+        if heads:
+            zero_point = None if found.zero_point is None else halves_apart(found.zero_point, heads)
+            q, scale = halves_apart(found.q, heads), halves_apart(found.scale, heads)
+            found = Quantized(q, scale, zero_point, found.scheme)
+        if scheme is None:
             return Stored(found)
-        zero_point = None if found.zero_point is None else halves_apart(found.zero_point, heads)
-        q, scale = halves_apart(found.q, heads), halves_apart(found.scale, heads)
-        return Stored(Quantized(q, scale, zero_point, found.scheme))
+        whole = regrouped(found, scheme)
+        if whole is None:
+            raise CheckpointError(f"{header.path} is damaged: {info.name} holds no integers and scales of {scheme}")
+        return Stored(whole)
 
     return make
 

@@ -11,13 +11,14 @@ import torch
 
 from qat_plugin.errors import ExportError
 from qat_plugin.exporting.contents import Exportable, outputs_of
-from qat_plugin.exporting.gguf import in_llama_cpp, in_transformers
+from qat_plugin.exporting.gguf import in_llama_cpp, in_transformers, own_outputs
 from qat_plugin.exporting.gguf.blocks import block_scales, unpack_q4_0, unpack_q4_1, unpack_q8_0, zero_points
 from qat_plugin.exporting.gguf.copies import float_copy
-from qat_plugin.exporting.gguf.layout import Entry, integers, layout, numbers, state
+from qat_plugin.exporting.gguf.layout import DTYPES, Entry, integers, layout, numbers, state
 from qat_plugin.exporting.gguf.notes import notes_of
 from qat_plugin.exporting.gguf.options import Options
 from qat_plugin.exporting.gguf.reference import Reference
+from qat_plugin.exporting.gguf.schemes import KEY, spelled
 from qat_plugin.exporting.verification import Comparison, Verification, relative_difference
 from qat_plugin.measure import parameter_count
 from qat_plugin.measure.host_memory import available_bytes
@@ -40,7 +41,10 @@ def verify_file(model: Exportable, path: Path, options: Options) -> Verification
     unasked = _too_large(model) if options.outputs else "not asked for"
     if unasked:
         return _told(seen.verification(reader, reason=unasked, notes=tuple(notes)), options)
-    reference = Reference.of(float_copy(model, entries), model, entries)
+    copy = float_copy(model, entries)
+    notes.append(own_outputs.check(model, copy, entries))
+    reference = Reference.of(copy, model, entries)
+    del copy
     error: float | None = None
     reason = in_transformers.unable(model)
     if not reason:
@@ -82,7 +86,8 @@ def compare_numbers(model: Exportable, path: Path, entries: list[Entry]) -> Comp
     for entry in entries:
         tensor = stored[entry.name]
         read = np.array(gguf.dequantize(tensor.data, tensor.tensor_type)).reshape(entry.shape)
-        seen.plain(entry.name, numbers(model, entry, held.get(entry.source, torch.empty(0))), torch.from_numpy(read))
+        wanted = numbers(model, entry, held.get(entry.source, torch.empty(0)))
+        seen.requantized(entry.name, wanted, torch.from_numpy(read))
     return seen
 
 
@@ -105,6 +110,8 @@ def compare_tensors(model: Exportable, path: Path, entries: list[Entry]) -> Comp
     import gguf
 
     stored, seen, held = _stored(path, entries), Comparison(), state(model)
+    if gguf.GGUFReader(path).fields[KEY].contents() != spelled(model, entries):
+        raise ExportError(f"{path.name} names other schemes than the model's ({KEY})")
     for entry in entries:
         tensor = stored[entry.name]
         if tensor.tensor_type.name != entry.kind or tuple(map(int, reversed(tensor.shape))) != entry.shape:
@@ -118,7 +125,7 @@ def compare_tensors(model: Exportable, path: Path, entries: list[Entry]) -> Comp
         wanted = numbers(model, entry, held.get(entry.source, torch.empty(0)))
         if entry.source in model.layers and not torch.equal(read, wanted):
             raise ExportError(f"{entry.name}: {entry.kind} does not hold the numbers of {entry.source} exactly")
-        seen.plain(entry.name, wanted, read)
+        seen.plain(entry.name, wanted, read, DTYPES[entry.kind])
     return seen
 
 

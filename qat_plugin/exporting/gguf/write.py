@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qat_plugin.exporting.contents import Exportable
 from qat_plugin.exporting.formats import Told
+from qat_plugin.exporting.gguf import schemes, splitting
 from qat_plugin.exporting.gguf.families import family_of
 from qat_plugin.exporting.gguf.layout import arrays, layout
 from qat_plugin.exporting.gguf.metadata import add_metadata
@@ -22,7 +23,7 @@ def write_file(model: Exportable, path: Path, options: Options, progress: Told, 
         path: the file.
         options: of the format.
         progress: told the number of tensors written.
-        sealed: with checksums in it; not where another program copies the keys into a file of its own.
+        sealed: with the trained schemes and checksums in it; not where another program copies the keys into its own.
     """
     import gguf
     import numpy as np
@@ -32,8 +33,12 @@ def write_file(model: Exportable, path: Path, options: Options, progress: Told, 
     try:
         add_metadata(writer, model, options, entries)
         vocabulary_of(model, options).add_to(writer)
-        for key in (SEAL, DATA_SEAL) if sealed else ():
-            writer.add_string(key, BLANK)
+        if sealed:
+            writer.add_string(schemes.KEY, schemes.spelled(model, entries))
+            if model.tokenizer is not None:
+                writer.add_string(splitting.KEY, splitting.splitting_of(model.tokenizer))
+            for key in (SEAL, DATA_SEAL):
+                writer.add_string(key, BLANK)
         for entry in entries:
             kind = gguf.GGMLQuantizationType[entry.kind]
             writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), entry.nbytes, raw_dtype=kind)

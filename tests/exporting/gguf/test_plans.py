@@ -129,6 +129,12 @@ def test_an_altered_file_is_found_out(tmp_path: Path) -> None:
     with pytest.raises(ExportError):
         verify(model, path, options).check(path)
     tensor.data[3, 0] ^= 1
+    norm = next(t for t in gguf.GGUFReader(path, "r+").tensors if t.name == "output_norm.weight")
+    norm.data[5] *= 1.0001
+    with pytest.raises(ExportError, match=r"output_norm\.weight: the file holds other numbers"):
+        verify(model, path, options)
+    norm.data[5] = model.network.state_dict()["model.norm.weight"][5]
+    assert verify(model, path, options).rounded == 0
     reader = gguf.GGUFReader(path, "r+")
     reader.fields["llama.rope.freq_base"].parts[-1][0] = 500.0
     with pytest.raises(ExportError, match=r"rope.freq_base 500.0, the model has 10000.0"):

@@ -279,6 +279,21 @@ def test_what_would_be_computed_otherwise_is_refused(more: Any, message: str, tm
         loaded(write(llama(), tmp_path / "m.gguf", more=more))
 
 
+@pytest.mark.parametrize("kind", ["Qwen2", "Qwen3"])
+def test_a_window_of_layers_that_the_file_does_not_name_is_refused(kind: str, tmp_path: Path) -> None:
+    from qat_plugin import convert
+    from qat_plugin.exporting import export_model
+    from tests.exporting.gguf.families import network
+
+    windowed = {"use_sliding_window": True, "max_window_layers": 1}
+    model = convert(network(kind, sliding_window=16, **windowed), "w4a16-g32")
+    made = export_model(model, "gguf", tmp_path / "m", options={"outputs": False})
+    with pytest.raises(CheckpointError, match="a window of 16 tokens, and it does not say which"):
+        loaded(made.path)
+    model = convert(network(kind, sliding_window=128, **windowed), "w4a16-g32")  # as long as its context
+    loaded(export_model(model, "gguf", tmp_path / "whole", options={"outputs": False}).path)
+
+
 def test_another_architecture_is_told_which_there_are(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"architecture phi2.*those that can: llama, qwen2"):
         loaded(empty_file(tmp_path / "m.gguf", "phi2"))

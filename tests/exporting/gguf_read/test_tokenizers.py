@@ -82,3 +82,38 @@ def test_tokens_without_rows_are_told(tmp_path: Path) -> None:
     path = written(tmp_path / "m.gguf", lambda w: described(w, ours), vocab_size=ours.get_vocab_size() - 2)
     with pytest.warns(UserWarning, match="tokens that the model has no rows for"):
         qat_plugin.load(path)
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+@pytest.mark.parametrize("prefix", [False, True])
+def test_an_exported_tokenizer_splits_text_as_before(prefix: bool, metaspace: bool, tmp_path: Path) -> None:
+    from qat_plugin import convert
+    from qat_plugin.exporting import export_model
+    from qat_plugin.exporting.gguf.strings import odd_strings
+    from tests.exporting.gguf.families import network
+    from tests.exporting.gguf.tokenizers_made import sentencepiece_like
+
+    ours = sentencepiece_like(prefix=prefix, metaspace=metaspace)
+    model = convert(network("Llama", num_hidden_layers=1, vocab_size=512), "w4a16-g32")
+    made = export_model(model, "gguf", tmp_path / "model", tokenizer=ours, options={"outputs": False})
+    _, found = qat_plugin.load(made.path)
+    for text in odd_strings(ours):
+        assert found(text).input_ids == list(getattr(ours.encode(text), "ids", ours.encode(text))), text
+    _, stock = qat_plugin.load(made.path, checksums=False)  # as llama.cpp: a space, whether there is one or not
+    pieces = stock.convert_ids_to_tokens(stock(" a").input_ids[1:])
+    assert "".join(pieces) == ("\u2581\u2581a" if prefix else "\u2581a")
+
+
+def test_a_pattern_without_a_name_in_gguf_is_kept(tmp_path: Path) -> None:
+    from qat_plugin import convert
+    from qat_plugin.exporting import export_model
+    from qat_plugin.exporting.gguf.strings import odd_strings
+    from tests.exporting.gguf.families import network
+    from tests.exporting.gguf.tokenizers_made import byte_level
+
+    ours = byte_level(r"\p{N}|[^\s\p{N}]{1,2}|\s+")
+    model = convert(network("Llama", num_hidden_layers=1, vocab_size=1024), "w4a16-g32")
+    made = export_model(model, "gguf", tmp_path / "model", tokenizer=ours, options={"outputs": False})
+    _, found = qat_plugin.load(made.path)
+    for text in odd_strings(ours):
+        assert found.encode(text) == ours.encode(text), text
