@@ -99,7 +99,7 @@ def _numbers(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         weight: Any = tensor
         found: Tensor = weight.dequantize(dtype)
         return found.detach().cpu().contiguous()
-    return tensor.detach().cpu().clone()
+    return tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
 def _float_config(model: Any) -> Any:
@@ -131,7 +131,7 @@ def _parts(model: nn.Module) -> Iterator[Part]:
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
         planned = torch.empty(tensor.shape, dtype=dtype, device="meta")
         yield Part({name: planned}, lambda name=name, tensor=tensor, dtype=dtype: {  # type: ignore[misc]
-            name: _numbers(tensor, dtype).to(dtype)
+            name: _numbers(tensor, dtype)
         })  # fmt: skip
 
 

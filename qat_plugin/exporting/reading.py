@@ -37,7 +37,7 @@ def load(
     Args:
         path: a ``.gguf`` file, or a folder: an export of this project, a transformers directory whose
             ``quantization_config`` is torchao's or compressed-tensors', or a plain float one.
-        dtype: the float type to run in.
+        dtype: the float type to run in; this project's own folders (``converted``) keep that of their conversion.
         checksums: of a GGUF file that this project sealed: refuse it when it was changed. Programs that quantize such a
             file anew copy its keys: ``False`` reads theirs.
 

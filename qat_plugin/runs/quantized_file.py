@@ -15,7 +15,7 @@ from qat_plugin.errors import CheckpointError, ConfigError
 from qat_plugin.exporting import CardFacts, Exported, Format, export_model, load
 from qat_plugin.exporting.reading import is_quantized
 from qat_plugin.kernels.torchao_import import known_noise_dropped
-from qat_plugin.measure import evaluate_lm, file_bytes, model_bytes
+from qat_plugin.measure import evaluate_lm, file_bytes, model_bytes, parameter_count
 from qat_plugin.policy import Plan
 from qat_plugin.report import Report, Row
 from qat_plugin.runs.language_model import language_data, model_files
@@ -58,7 +58,8 @@ def evaluate_file(config: Config, place: Path) -> None:
     data = language_data(config, tokenizer)
     metrics = evaluate_lm(network, first_loader(data.val_dataloader()))
     title = f"{config.name or 'a model'}: evaluate {place}, on its own integers"
-    report = Report(title, rows=(Row(place.name, metrics, model_bytes(network), file_bytes(place)),))
+    row = Row(place.name, metrics, model_bytes(network), file_bytes(place))
+    report = Report(title, rows=(row,), parameters=parameter_count(network))
     reporting.print_report(report)
     for line in kernel_lines(conversion_of(network).plan) if is_converted(network) else ["nothing in it is quantized"]:
         print(line)
