@@ -6,13 +6,14 @@
 The peer is the same model's weights alone, each stored once, in 16 and in 32 bits. Bytes are those of the files that
 hold weights, not of tokenizers and cards; of GGUF, ONNX and ExecuTorch they hold the rest of the model too, and of peft
 the adapter alone. Integers, scales and outputs are the largest differences that an independent reader found; seconds
-are those of writing and verifying. A combination that a format refuses is one line: the refusal's first.
+are those of writing and verifying. A combination that a format refuses is one line: its first reason.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,8 @@ def written(network: Any, tokenizer: Any, policy: str, format: str) -> dict[str,
             done = export_model(network, format, Path(place) / "model", tokenizer=tokenizer, progress=False)
         except QatError as error:
             lines = [line.strip() for line in str(error).splitlines()]
-            return row | {"refused": " ".join(lines[:2])}
+            layers, bracket, reason = lines[min(1, len(lines) - 1)].partition(" (")  # the first line is of the format
+            return row | {"refused": f"{layers.partition(',')[0]}{bracket}{reason}"}
         seconds, size, seen = time.perf_counter() - began, weight_bytes(done.path), done.verification
     assert seen is not None
     return row | {
@@ -106,7 +108,7 @@ def written(network: Any, tokenizer: Any, policy: str, format: str) -> dict[str,
 def line_of(row: dict[str, Any], weights: int) -> str:
     start = f"{row['policy']:14}{row['format']:20}"
     if "refused" in row:
-        return f"{start}refused: {row['refused']}"
+        return f"{start}refused: {textwrap.shorten(row['refused'], 180)}"
     outputs = "-" if row["outputs"] is None else f"{row['outputs']:.1e}"
     return (
         f"{start}{row['bytes'] / _MB:9.2f}{row['bytes'] / (2 * weights):9.3f}{row['bytes'] / (4 * weights):9.3f}"
