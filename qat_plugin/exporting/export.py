@@ -102,6 +102,30 @@ def export_model(
             module.training = mode
 
 
+def check_format(
+    network: nn.Module,
+    format: str,
+    *,
+    tokenizer: Any = None,
+    sample: Mapping[str, Tensor] | tuple[Tensor, ...] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> None:
+    """Raise what :func:`export_model` would raise before it writes anything.
+
+    For a model that is yet to be trained, convert one with the same plan and ask.
+
+    Raises:
+        ConfigError: for an unknown format or option, or a package that is not installed.
+        ExportError: when the format cannot hold the plan.
+    """
+    chosen = format_named(format)
+    writer, settings = chosen.writer(), chosen.options(options or {})
+    (check_adapted if chosen.of_adapters else check_converted)(network)
+    with torch.no_grad():
+        model = Exportable(network, _sample(network) if sample is None else sample, tokenizer)
+        check_refusals(writer.refusals(model, settings), chosen.title)
+
+
 def _written(
     chosen: Format,
     writer: Writer,
@@ -157,4 +181,4 @@ def _sample(network: nn.Module) -> dict[str, Tensor]:
     return {"input_ids": torch.randint(int(vocabulary), (2, _SAMPLE_TOKENS), generator=generator)}
 
 
-__all__ = ["Exported", "Told", "export_model"]
+__all__ = ["Exported", "Told", "check_format", "export_model"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qat_plugin.config.arguments import RECORD
 from qat_plugin.conversion import load_converted
 from qat_plugin.errors import ConfigError, QatError
-from qat_plugin.exporting import CardFacts, Exported, Format, export_model, format_named
+from qat_plugin.exporting import CardFacts, Exported, Format, check_format, export_model, format_named
 from qat_plugin.exporting.reading import is_quantized
 from qat_plugin.report.files import REPORT_JSON
 from qat_plugin.report.json import read_report
@@ -23,6 +23,7 @@ from qat_plugin.runs.journal import say
 if TYPE_CHECKING:
     from qat_plugin.config.launch import Job
     from qat_plugin.config.schema import Config
+    from qat_plugin.policy import Plan
     from qat_plugin.runs.subject import Subject
 
 FOLDER: Final = "exported"
@@ -136,6 +137,32 @@ def export_of(config: Config, job: Job) -> Exported:
     folder = Path(config.run.dir).expanduser().absolute()
     report = read_report(folder / REPORT_JSON) if (folder / REPORT_JSON).is_file() else None
     return export_from(folder, config, subject_of(job), report)
+
+
+def check_before(config: Config, subject: Subject, plan: Plan) -> None:
+    """Before training: would the format hold what is to be trained? Asked of the untrained model, converted.
+
+    Not for static schemes, whose activation scales are yet to be calibrated, and not for adapters.
+
+    Raises:
+        ConfigError: for an option that the format has not, or a package that is not installed.
+        ExportError: when the format cannot hold the plan.
+    """
+    wanted = config.export
+    if wanted.format is None:
+        return
+    chosen = format_named(wanted.format)
+    chosen.writer()
+    chosen.options(wanted.options)
+    if chosen.of_adapters or any(layer.scheme is not None and layer.scheme.static for layer in plan):
+        return
+    from qat_plugin.conversion import convert
+    from qat_plugin.runs.subject import network_of
+
+    module = subject.build()
+    network = convert(network_of(module).eval(), plan, reversible=False)
+    tokenizer = getattr(module, "tokenizer", None) if subject.language else None
+    check_format(network, chosen.name, tokenizer=tokenizer, sample=_sample(subject), options=wanted.options)
 
 
 def export_from(folder: Path, config: Config, subject: Subject, report: Report | None) -> Exported:

@@ -30,7 +30,7 @@ from qat_plugin.runs.choosing import POLICY, bounds, choices_in, chosen_policy, 
 from qat_plugin.runs.custom import custom_subject
 from qat_plugin.runs.doctor import examination
 from qat_plugin.runs.exporting import FOLDER as EXPORTED
-from qat_plugin.runs.exporting import export_run
+from qat_plugin.runs.exporting import check_before, export_run
 from qat_plugin.runs.folder import ADAPTER, CONVERTED, MERGED, RunFolder, open_folder
 from qat_plugin.runs.forecasting import WILL_NOT_FIT, choose_card, forecast_run
 from qat_plugin.runs.image_net import image_subject
@@ -219,6 +219,8 @@ def _climbed(job: Job, plan: Plan, folder: RunFolder, interruptions: Interruptio
         policy = chosen_policy(config, subject, folder) if auto else policy_of(config.policy)
         plan = policy.plan(network_of(subject.build()))
     agreed = plan
+    if not adapters and config.ptq.method != LADDER:  # whose last rung finds a plan of its own
+        check_before(config, subject, agreed)
     say(f"{agreed.summary()}\n")
     earlier = folder.path / REPORT_JSON
     report = reporting.read_report(earlier) if folder.continued and earlier.is_file() else _begun(job, folder, agreed)

@@ -84,3 +84,12 @@ def test_the_schema_names_every_format() -> None:
     assert {path.stem for path in Path(__file__).parents[2].joinpath("conf", "export").glob("*.yaml")} == {
         *FORMATS, "none",
     }  # fmt: skip
+
+
+def test_a_plan_that_the_format_cannot_hold_is_refused_before_training(qat: Qat, mine: tuple[str, ...]) -> None:
+    done = qat(*mine, "run.dir=here", "export=executorch")
+    assert done.code == 2 and "cannot hold this plan, and nothing was written" in done.err, done.err
+    assert "layers.0, layers.3 (w4a16-g32)" in done.err and "nearest that fits: w4a8-g32" in done.err
+    assert not Path("here", "checkpoints").exists()
+    done = qat(*mine, "run.dir=there", "export=converted", "export.options.bits=4")
+    assert done.code == 2 and "has no option 'bits'" in done.err
