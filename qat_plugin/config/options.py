@@ -15,7 +15,7 @@ class EmbeddedModel:
     """A small Llama, trained on the spot and cached."""
 
     kind: str = option("embedded", "set by model=embedded")
-    path: str | None = option(None, "use this local directory (or hub name) instead, as model=transformers does")
+    path: str | None = option(None, "use this directory, .gguf file or hub name instead, as model=transformers does")
     seed: int = option(0, "seed of its weights and of its data's order")
     hidden: int = option(256, "width")
     ffn: int = option(768, "width of the feed-forward layers")
@@ -48,9 +48,12 @@ class TransformersModel:
     """A causal language model in a local transformers directory, or on a hub."""
 
     kind: str = option("transformers", "set by model=transformers")
-    path: str = option(MISSING, "local directory with config.json, weights and tokenizer; or a hub's org/name")
+    path: str = option(
+        MISSING, "local directory with config.json, weights and tokenizer; a .gguf file; or a hub's org/name"
+    )
     revision: str | None = option(None, "commit, tag or branch on the hub; what it meant is recorded")
     cache: bool = option(False, "QLoRA: keep the quantized base in the user's cache and reuse it")
+    checksums: bool = option(True, "of a sealed .gguf file: refuse it when it was changed; false for a requantized one")
 
     def __post_init__(self) -> None:
         if not is_hub_name(self.path):

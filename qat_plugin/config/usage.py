@@ -48,6 +48,8 @@ Examples
   qat task=merge run=DIR                                  fold a run's adapter into its base
   qat recipe=qat_mixed_tiny export=gguf                   and a file for llama.cpp at the end
   qat task=export run=DIR format=onnx                     the converted model of a run, for another runtime
+  qat task=export model.path=x.gguf format=torchao        the integers of a quantized file, in another format
+  qat task=evaluate model.path=x.gguf                     measure such a file; recipes train its float numbers
   qat resume=DIR                                          go on with a run that was stopped
   qat task=evaluate run=DIR                               measure a run's converted model again
   qat task=doctor                                         what this machine can do

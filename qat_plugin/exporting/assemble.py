@@ -80,7 +80,8 @@ def assemble(
         if leader.removesuffix(".weight") in schemes:
             schemes[name.removesuffix(".weight")] = schemes[leader.removesuffix(".weight")]
     if not schemes:
-        network.load_state_dict({**weights, **{n: weights[t] for n, t in ties.items()}}, assign=True)
+        shared = {leader: nn.Parameter(weights[leader]) for leader in ties.values()}  # tied: one parameter
+        network.load_state_dict({**weights, **shared, **{n: shared[t] for n, t in ties.items()}}, assign=True)
         return network.eval()
     plan = Policy({**schemes}).plan(network, device="cpu", dtype=dtype)
     made = install_converted(network, weights, ties, Conversion(plan, Proof(())), origin).eval()

@@ -12,6 +12,7 @@ from torch import nn
 from qat_plugin.conversion.files import PLAN, WEIGHTS
 from qat_plugin.errors import CheckpointError, ConfigError, DataError
 from qat_plugin.models.loading import load_causal_lm
+from qat_plugin.qlora.architecture import empty_from_config, empty_model
 from qat_plugin.qlora.source import read_config
 
 _GGUF: Final = "gguf"
@@ -24,7 +25,9 @@ _READERS: Final = {
 }
 
 
-def load(path: str | Path, *, dtype: torch.dtype = torch.float32, checksums: bool = True) -> tuple[nn.Module, Any]:
+def load(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, checksums: bool = True, dequantize: bool = False
+) -> tuple[nn.Module, Any]:
     """A language model from a file or folder, on this project's kernels where the grids agree.
 
     What a file holds on one of our grids (GGUF's Q4_0, Q4_1, Q8_0; compressed-tensors' and torchao's INT4 and INT8)
@@ -35,7 +38,7 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32, checksums: boo
     Args:
         path: a ``.gguf`` file, or a folder: an export of this project, a transformers directory whose
             ``quantization_config`` is torchao's or compressed-tensors', or a plain float one.
-        dtype: the float type to run in.
+        dtype: the float type to run in; this project's own folders (``converted``) keep that of their conversion.
         checksums: of a GGUF file that this project sealed: refuse it when it was changed. Programs that quantize such a
             file anew copy its keys: ``False`` reads theirs.
 
@@ -56,7 +59,42 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32, checksums: boo
     module: Any = importlib.import_module(f"qat_plugin.exporting.{_READERS[kind]}")
     options = {"checksums": checksums} if kind == _GGUF else {}
     model, tokenizer = module.read(place, dtype, **options)
+    if dequantize:
+        from qat_plugin.exporting.dequantized import as_float
+
+        return as_float(model, dtype), tokenizer
     return model, tokenizer
+
+
+def outline(path: Path, dtype: torch.dtype) -> nn.Module:
+    """The float model of a quantized file or folder with its parameters on the meta device: no weight is read.
+
+    Raises:
+        CheckpointError: when its description cannot be read.
+    """
+    if kind_of(path) == _GGUF:
+        from qat_plugin.exporting.gguf.header import read_header
+        from qat_plugin.exporting.gguf.read_config import config_of
+
+        network: nn.Module = empty_from_config(config_of(read_header(path)), dtype)
+    else:
+        network = empty_model(path, dtype, quantized=True)
+    return network
+
+
+def is_quantized(path: Path) -> bool:
+    """Whether a GGUF file or a folder of quantized tensors lies there; ``False`` of nothing, and of no model.
+
+    Raises:
+        CheckpointError: when it is quantized by a method that is not read here.
+    """
+    return is_gguf(path) if path.is_file() else (path / "config.json").is_file() and kind_of(path) != _FLOAT
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as GGUF files do."""
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def kind_of(path: Path) -> str:
@@ -67,9 +105,8 @@ def kind_of(path: Path) -> str:
         CheckpointError: when it is nothing that can be read.
     """
     if path.is_file():
-        with path.open("rb") as file:
-            if file.read(4) == b"GGUF":
-                return _GGUF
+        if is_gguf(path):
+            return _GGUF
         raise CheckpointError(f"{path} is no GGUF file (it does not begin with GGUF), and other formats are folders")
     if not path.is_dir():
         raise DataError(f"there is nothing at {path} (looked for {path.absolute()}); give a .gguf file or a folder")

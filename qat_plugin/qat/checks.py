@@ -28,7 +28,7 @@ def check_untouched(model: nn.Module) -> None:
     if any(_is_ours(parameter) for parameter in model.parameters()):
         raise PrepareError(
             f"{type(model).__name__} is already converted to integers: it cannot be trained. Load its float checkpoint "
-            "into a fresh model"
+            "into a fresh model, or the file it came from by qat_plugin.load(path, dequantize=True)"
         )
 
 

@@ -91,7 +91,7 @@ def _checked_config(folder: Path, quantized: bool) -> tuple[str, str]:
         method = (config["quantization_config"] or {}).get("quant_method", "an unnamed method")
         raise CheckpointError(
             f"{folder} holds a model that is quantized already ({method}); give the original directory, whose weights "
-            "are 16 or 32 bits"
+            "are 16 or 32 bits, or take its float numbers by qat_plugin.load(path, dequantize=True)"
         )
     if "auto_map" not in config:
         return kind, ""

@@ -63,6 +63,11 @@ def find_source(path: str | os.PathLike[str], *, revision: str | None = None) ->
                 "revisions; drop it, or give the hub's name"
             )
         return Source(folder, str(folder))
+    if folder.is_file():
+        raise DataError(
+            f"{folder} is a file, and a transformers directory is needed here; the float numbers of a GGUF file come "
+            "from qat_plugin.load(path, dequantize=True)"
+        )
     if not isinstance(path, str) or not _HUB_NAME.fullmatch(path):
         raise DataError(
             f"there is no model directory {folder} (looked for {folder.absolute()}); give a local transformers "

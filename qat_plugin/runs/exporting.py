@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from torch import Tensor, nn
 
+from qat_plugin.config.arguments import RECORD
 from qat_plugin.conversion import load_converted
 from qat_plugin.errors import ConfigError, QatError
 from qat_plugin.exporting import CardFacts, Exported, Format, check_format, export_model, format_named
+from qat_plugin.exporting.reading import is_quantized
 from qat_plugin.report.files import REPORT_JSON
 from qat_plugin.report.json import read_report
 from qat_plugin.report.model import Report
@@ -42,10 +44,12 @@ def export(
     """Write a converted model, or that of a run's folder, in another runtime's format, and prove the file.
 
     Args:
-        model_or_run: a converted model, or the folder of a run that has one.
+        model_or_run: a converted model, the folder of a run that has one, or a quantized file or folder that
+            :func:`qat_plugin.load` reads.
         format: ``"gguf"``, ``"torchao"``, ``"compressed-tensors"``, ``"onnx"``, ``"executorch"`` or ``"converted"``;
             of a run with adapters ``"peft"`` or ``"bitsandbytes"``.
-        path: the file or folder to write; of a run by default ``exported/<format>`` in its folder.
+        path: the file or folder to write; of a run by default ``exported/<format>`` in its folder, of a quantized file
+            a place beside it.
         tokenizer, sample: of a model; a run brings its own. See
             :func:`~qat_plugin.exporting.export.export_model`.
         options: the format's own.
@@ -65,6 +69,13 @@ def export(
         )  # fmt: skip
     if tokenizer is not None or sample is not None:
         raise ConfigError("a run brings its own tokenizer and sample: leave tokenizer= and sample= out")
+    place = Path(model_or_run).expanduser()
+    if not (place / f"{RECORD}.yaml").is_file() and is_quantized(place):
+        from qat_plugin.config.export_section import ExportConfig
+        from qat_plugin.runs.quantized_file import export_file
+
+        wanted = ExportConfig(format, None if path is None else str(path), dict(options or {}), verify)
+        return export_file(place, format_named(format), wanted, progress=progress)
     return _export_folder(model_or_run, format, path, options or {}, verify, progress)
 
 
@@ -98,7 +109,7 @@ def _export_folder(
 
 
 def export_run(job: Job) -> None:
-    """``task=export run=DIR format=NAME``.
+    """``task=export run=DIR format=NAME``, or ``task=export model.path=FILE format=NAME``.
 
     Raises:
         ConfigError: when it is not known what to export, or to which format.
@@ -107,13 +118,23 @@ def export_run(job: Job) -> None:
 
 
 def export_of(config: Config, job: Job, *, progress: bool = True) -> Exported:
-    """Export the converted model of the folder that ``run.dir`` names."""
+    """Export the converted model of the folder that ``run.dir`` names, or the quantized file that the model is."""
     from qat_plugin.runs.jobs import subject_of
+    from qat_plugin.runs.quantized_file import export_file, quantized_place
 
-    if config.run.dir is None:
-        raise ConfigError("task=export needs to know what to export: run=DIR, the folder of a finished run")
+    place = quantized_place(config) if config.run.dir is None else None
+    if config.run.dir is None and place is None:
+        raise ConfigError(
+            "task=export needs to know what to export: run=DIR, the folder of a finished run, or model.path=FILE, a "
+            "quantized file or folder"
+        )
     if config.export.format is None:
         raise ConfigError("task=export needs to know the format: format=gguf, for example")
+    if place is not None:
+        made = export_file(place, format_named(config.export.format), config.export, checksums=config.model.checksums)
+        _tell(made)
+        return made
+    assert config.run.dir is not None
     folder = Path(config.run.dir).expanduser().absolute()
     report = read_report(folder / REPORT_JSON) if (folder / REPORT_JSON).is_file() else None
     return export_from(folder, config, subject_of(job), report, progress=progress)
@@ -175,9 +196,13 @@ def export_from(
         facts=facts,
         progress=progress,
     )
+    _tell(made)
+    return made
+
+
+def _tell(made: Exported) -> None:
     say(str(made))
     say(f"model card: {made.card}")
-    return made
 
 
 def _network(folder: Path, config: Config, subject: Subject, chosen: Format) -> nn.Module:

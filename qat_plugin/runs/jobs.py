@@ -42,6 +42,7 @@ from qat_plugin.runs.low_bits import switched
 from qat_plugin.runs.merging import merge_run
 from qat_plugin.runs.planning import beyond_positions, planned
 from qat_plugin.runs.ptq_ladder import PtqLadder
+from qat_plugin.runs.quantized_file import evaluate_file, quantized_place
 from qat_plugin.runs.skeleton import planned_shape, skeleton_of
 from qat_plugin.runs.subject import Subject, network_of
 from qat_plugin.runs.training import accelerator_of
@@ -124,12 +125,15 @@ def _plan(job: Job, given: Sequence[str]) -> int:
 
 
 def evaluate(job: Job) -> None:
-    """Measure the converted model of a run's folder beside its float model, or a model as it is."""
+    """Measure the converted model of a run's folder beside its float model, or a model (a quantized file) as it is."""
     config = job.config
+    if config.run.dir is None and (place := quantized_place(config)) is not None:
+        evaluate_file(config, place)
+        return
     if job.recipe is None and config.run.dir is None:
         raise ConfigError(
-            "task=evaluate needs to know what to measure: run=DIR (the converted model of a run's folder) or "
-            "recipe=NAME (its model as it is)"
+            "task=evaluate needs to know what to measure: run=DIR (the converted model of a run's folder), "
+            "recipe=NAME (its model as it is) or model.path=FILE (a quantized file or folder)"
         )
     if trains_adapters(config):
         check_extra(config.lora.backend)

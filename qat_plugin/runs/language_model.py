@@ -16,6 +16,8 @@ from qat_plugin.config.schema import Config
 from qat_plugin.data.embedded import embedded_corpus
 from qat_plugin.data.instructions import InstructionData
 from qat_plugin.data.text import TextData
+from qat_plugin.exporting.dequantized import float_folder
+from qat_plugin.exporting.reading import is_quantized
 from qat_plugin.kernels.torchao_import import known_noise_dropped
 from qat_plugin.models.causal_lm import CausalLM, load_causal_lm
 from qat_plugin.models.embedded import EmbeddedRecipe, embedded_lm
@@ -37,10 +39,7 @@ def language_subject(config: Config, allow: tuple[str, ...]) -> Subject:
     """
     path = model_directory(config)
     tokenizer = load_tokenizer(path)
-    data = _data(config, tokenizer)
-    data.setup("fit")
-    if isinstance(data, InstructionData):
-        say(data.summary)
+    data = language_data(config, tokenizer)
     distill = config.distill
     distillation = Distillation(distill.weight, distill.temperature, distill.hidden) if distill.weight else None
 
@@ -81,7 +80,25 @@ def language_subject(config: Config, allow: tuple[str, ...]) -> Subject:
 
 
 def model_directory(config: Config) -> Path:
-    """Where the model lies; the embedded one is trained first if it is not in the cache, a hub's is downloaded.
+    """Where the float model lies; the embedded one is trained first if it is not in the cache, a hub's is downloaded.
+
+    Of a quantized file or folder it is a directory of the numbers that its integers stand for, which is told.
+
+    Raises:
+        DataError: when there is none.
+        CheckpointError: when a quantized one cannot be read.
+    """
+    place = model_files(config)
+    with known_noise_dropped():
+        if not is_quantized(place):
+            return place
+        folder = float_folder(place, checksums=config.model.checksums)
+    say(f"{place} is quantized: this run takes the float32 numbers that its integers stand for, kept in {folder}")
+    return folder
+
+
+def model_files(config: Config) -> Path:
+    """What the recipe's model is read from: a directory, or a GGUF file.
 
     Raises:
         DataError: when there is none.
@@ -90,7 +107,22 @@ def model_directory(config: Config) -> Path:
     with known_noise_dropped():  # transformers imports parts of torchao
         if isinstance(model, EmbeddedModel):
             return embedded_lm(recipe=embedded_recipe(model))
+        if Path(model.path).is_file():
+            return Path(model.path)
         return find_source(model.path, revision=model.revision).folder
+
+
+def language_data(config: Config, tokenizer: Any) -> TextData | InstructionData:
+    """The recipe's text, tokenized.
+
+    Raises:
+        DataError: for text that cannot be used.
+    """
+    data = _data(config, tokenizer)
+    data.setup("fit")
+    if isinstance(data, InstructionData):
+        say(data.summary)
+    return data
 
 
 def embedded_recipe(model: EmbeddedModel) -> EmbeddedRecipe:

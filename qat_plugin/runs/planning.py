@@ -22,6 +22,7 @@ from qat_plugin.config.schema import FINE_TUNED, Config
 from qat_plugin.config.targets import is_target
 from qat_plugin.config.typed import option_of
 from qat_plugin.errors import ConfigError, did_you_mean
+from qat_plugin.exporting.reading import is_gguf
 from qat_plugin.policy import Plan
 from qat_plugin.qlora.adapters import AdapterOptions, target_layers
 from qat_plugin.qlora.extra import check_extra
@@ -159,9 +160,10 @@ def check_choices(config: Config) -> None:
         raise ConfigError("data.train is needed: the file to learn from; give data.train=FILE")
     if isinstance(config.model, TransformersModel) and not is_hub_name(config.model.path):
         _check_path("model.path", config.model.path)
-        if Path(config.model.path).is_file():
+        if Path(config.model.path).is_file() and not is_gguf(Path(config.model.path)):
             raise ConfigError(
-                f"model.path={config.model.path} is a file: give the directory with config.json, weights and tokenizer"
+                f"model.path={config.model.path} is a file, and not a GGUF one: give the directory with config.json, "
+                "weights and tokenizer"
             )
     if isinstance(config.data, (InstructionFiles, TextFiles)):
         _check_path("data.train", config.data.train)

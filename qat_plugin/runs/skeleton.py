@@ -13,6 +13,7 @@ from qat_plugin.config.options import EmbeddedModel, ImageModel
 from qat_plugin.config.schema import Config
 from qat_plugin.config.typed import option_of
 from qat_plugin.errors import CheckpointError, ConfigError
+from qat_plugin.exporting.reading import is_quantized, outline
 from qat_plugin.kernels.torchao_import import known_noise_dropped
 from qat_plugin.models.embedded import _model as embedded_architecture
 from qat_plugin.models.resnet import SmallResNet
@@ -36,6 +37,9 @@ def skeleton_of(config: Config, allow: tuple[str, ...]) -> nn.Module:
         with torch.device("meta"):
             return SmallResNet(config.model.classes, 1, config.model.width)
     dtype = torch.bfloat16 if config.trainer.precision == "bf16-true" else torch.float32
+    if config.model.path and is_quantized(place := Path(config.model.path)):
+        with known_noise_dropped():
+            return outline(place, dtype)
     with torch.device("meta"), known_noise_dropped():  # transformers imports parts of torchao
         if isinstance(config.model, EmbeddedModel) and shape is None:
             tokens = SimpleNamespace(bos_token_id=0, eos_token_id=0)
