@@ -132,7 +132,7 @@ def compared_elsewhere(
         path: the directory.
         compare: one quantized layer: what was seen so far, the parameter's name, the layer, and the class or format and
             the tensors that it has there.
-        rounded: input [..., features] of a layer that quantizes activations -> the numbers that the library makes of it.
+        rounded: input [..., features] of a layer that quantizes activations -> the library's numbers of it.
         grid: how the library rounds activations, in a few words.
 
     Returns:

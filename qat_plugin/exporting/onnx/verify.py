@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +17,7 @@ from qat_plugin.exporting.float32_runtime import compared_in_float32, widened
 from qat_plugin.exporting.onnx.cache import past_of
 from qat_plugin.exporting.onnx.options import Options
 from qat_plugin.exporting.onnx.products import operator_of
-from qat_plugin.exporting.onnx.reading import File, integers, uses
+from qat_plugin.exporting.onnx.reading import File, has_integer_bias, integers, uses
 from qat_plugin.exporting.onnx.standin import PENDING
 from qat_plugin.exporting.onnx.tracing import grown, inputs_of, is_language_model
 from qat_plugin.exporting.onnx.write import FILE
@@ -52,15 +52,23 @@ def verify(model: Exportable, path: Path, options: Options) -> Verification:
         if held.scheme.per_tensor:
             scale, zero = scale[:1, :1], None if zero is None else zero[:1, :1]
         seen.quantized(name, held, _tensor(q), _tensor(scale), None if zero is None else _tensor(zero))
+    merged = 0
     for name, tensor in model.floats():
         if name in file.initializers and list(file.initializers[name].dims) == list(tensor.shape):
             seen.plain(name, tensor, _tensor(file.array(name)))
-    agreed, sizes, told = _outputs(model, path / FILE, options)
+        else:
+            merged += tensor.is_floating_point()
+    agreed, sizes, told = _outputs(
+        model,
+        path / FILE,
+        options,
+        [name for name, layer in model.layers.items() if has_integer_bias(file, layer.name)],
+    )
     if options.accuracy_level == 4:
         agreed = replace(agreed, tolerance=max(agreed.tolerance, _ROUNDED_BLOCKS), reason=_ROUNDING)
     return seen.verification(
         f"onnx {onnx.__version__}", error=agreed.error, tolerance=agreed.tolerance, reason=agreed.reason,
-        notes=(f"run by ONNX Runtime {onnxruntime.__version__} on {sizes}", *told, *_notes(model, options)),
+        notes=(f"run by ONNX Runtime {onnxruntime.__version__} on {sizes}", *told, *_notes(model, options, merged)),
     )  # fmt: skip
 
 
@@ -95,7 +103,9 @@ def _check_graph(model: Exportable, file: File) -> None:
             )
 
 
-def _outputs(model: Exportable, path: Path, options: Options) -> tuple[Agreement, str, tuple[str, ...]]:
+def _outputs(
+    model: Exportable, path: Path, options: Options, biases: Collection[str]
+) -> tuple[Agreement, str, tuple[str, ...]]:
     """The worse agreement of the sample and, where sizes are free, of another one; the sizes; notes."""
     run = session(path)
     asked = {entry.name for entry in run.get_inputs()}
@@ -108,7 +118,7 @@ def _outputs(model: Exportable, path: Path, options: Options) -> tuple[Agreement
         found = _in_two_steps(model, run, given) if options.cache else _run(run, given)[0]
         runs.append((found, tuple(sample.values()) if isinstance(model.sample, tuple) else sample))
     sizes = [" x ".join(str(n) for n in next(iter(sample.values())).shape) for sample in samples]
-    agreed, notes = compared_in_float32(model, runs)
+    agreed, notes = compared_in_float32(model, runs, biases)
     return agreed, " and ".join(sizes), notes
 
 
@@ -132,7 +142,7 @@ def _in_two_steps(model: Exportable, run: Any, given: Mapping[str, Tensor]) -> T
     return torch.cat([first, second], dim=1)
 
 
-def _notes(model: Exportable, options: Options) -> tuple[str, ...]:
+def _notes(model: Exportable, options: Options, merged: int) -> tuple[str, ...]:
     counted: dict[str, int] = {}
     for layer in model.layers.values():
         if layer.weight.usage in ("embedding", "conv"):
@@ -141,6 +151,8 @@ def _notes(model: Exportable, options: Options) -> tuple[str, ...]:
             kind = operator_of(layer, options)
         counted[kind] = counted.get(kind, 0) + 1
     notes = ["operators: " + ", ".join(f"{count} x {kind}" for kind, count in counted.items())]
+    if merged:
+        notes.append(f"{merged} float tensors are not in the file as such (merged into others, or not used)")
     if "Cast" in counted:
         notes.append("weights read through Cast are integers on disk and float32 in the memory of a session")
     if any(layer.scheme.weight_bits < 4 for layer in model.layers.values()):
