@@ -57,7 +57,7 @@ class Elsewhere:
         return self
 
     def parts(self, name: str) -> tuple[str, dict[str, Tensor]]:
-        """The class or format that holds a parameter there, and its plain tensors (``""``: a plain parameter)."""
+        """What holds a parameter there (see :func:`check_kind`), and its plain tensors (``""``: a plain parameter)."""
         return self._ask(name)
 
     def logits(self, sample: Mapping[str, Tensor]) -> Tensor:
@@ -121,7 +121,8 @@ class Elsewhere:
 def compared_elsewhere(
     model: Exportable,
     path: Path,
-    compare: Callable[[Comparison, str, Layer, str, dict[str, Tensor]], None],
+    kind: Callable[[Layer], str],
+    compare: Callable[[Comparison, str, Layer, dict[str, Tensor]], None],
     rounded: Callable[[Tensor, QuantizedWeight], Tensor],
     grid: str,
 ) -> tuple[Comparison, Agreement, tuple[str, ...]]:
@@ -130,8 +131,9 @@ def compared_elsewhere(
     Args:
         model: what was written.
         path: the directory.
-        compare: one quantized layer: what was seen so far, the parameter's name, the layer, and the class or format and
-            the tensors that it has there.
+        compare: one quantized layer: what was seen so far, the parameter's name, the layer, and the tensors that it has
+            there.
+        kind: what holds a layer there: a class or a format.
         rounded: input [..., features] of a layer that quantizes activations -> the library's numbers of it.
         grid: how the library rounds activations, in a few words.
 
@@ -145,7 +147,9 @@ def compared_elsewhere(
     sample = {"input_ids": model.sample[0]} if isinstance(model.sample, tuple) else model.sample
     with Elsewhere(path) as there:
         for name, layer in model.layers.items():
-            compare(seen, name, layer, *there.parts(name))
+            found_kind, parts = there.parts(name)
+            check_kind(name, layer, kind(layer), found_kind)
+            compare(seen, name, layer, parts)
         for name, tensor in model.floats():
             seen.plain(name, tensor, there.parts(name)[1][""])
         found = there.logits(sample)
@@ -157,6 +161,24 @@ def compared_elsewhere(
     with Arithmetic(change):
         agreed, theirs = agreement(model.network, found, model.outputs), model.outputs()
     return seen, agreed, distance_note(grid, theirs, model.outputs())
+
+
+def check_kind(name: str, layer: Layer, kind: str, found: str) -> None:
+    """Raise unless a layer is held as it was written, its inputs rounded as its scheme says.
+
+    Args:
+        name: of the parameter.
+        layer: that was written.
+        kind: the class or format it was written as.
+        found: what the other interpreter has.
+
+    Raises:
+        ExportError: naming both.
+    """
+    inputs = "tensor" if layer.scheme.static else "token"
+    wanted = f"{kind}, inputs per {inputs}" if layer.scheme.quantizes_activations else kind
+    if found != wanted:
+        raise ExportError(f"{name}: transformers has it as {found or 'a plain tensor'}, written was {wanted}")
 
 
 def reader_with(library: str, version: str) -> str:
