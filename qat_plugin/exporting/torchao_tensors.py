@@ -77,8 +77,11 @@ def _lowered(unsigned: Tensor, bits: int) -> Tensor:
 
 
 def raised(signed: Tensor, bits: int) -> Tensor:
-    """Two's complement integers of ``bits`` bits as the unsigned ones that asymmetric schemes here use."""
-    return (signed.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+    """Two's complement integers of ``bits`` bits as the unsigned ones that asymmetric schemes here use, in int16.
+
+    A file can hold integers beyond its bits: these stay beyond, and are negative or too large.
+    """
+    return signed.to(torch.int16) + (1 << (bits - 1))
 
 
 def rounded_input(x: Tensor, weight: QuantizedWeight) -> Tensor:
