@@ -32,7 +32,7 @@ def verify(model: Exportable, path: Path, options: Options) -> Verification:
     payload = read(path)
     seen = Comparison()
     bytes_of = set(payload.constants)
-    _quantized(model, payload, bytes_of, seen)
+    chained = _quantized(model, payload, bytes_of, seen)
     merged = _plain(model, bytes_of, seen)
     static = sum(stored.input != "token" for stored in payload.weights)
     notes = [
@@ -51,7 +51,9 @@ def verify(model: Exportable, path: Path, options: Options) -> Verification:
     notes.append("ran at shapes " + ", ".join("x".join(map(str, given[0].shape)) for _, given in ran))
     names = None if isinstance(model.sample, tuple) else tuple(model.sample)
     agreed, told = compared_in_float32(
-        model, [(found, given if names is None else dict(zip(names, given, strict=True))) for found, given in ran]
+        model,
+        [(found, given if names is None else dict(zip(names, given, strict=True))) for found, given in ran],
+        chained,
     )
     return seen.verification(
         f"executorch {version('executorch')}",
@@ -90,9 +92,14 @@ class _Form:
         return self.shaped(stored) and torch.equal(stored.q, self.q) and torch.equal(stored.scale, self.scale)
 
 
-def _quantized(model: Exportable, payload: Payload, constants: set[bytes], seen: Comparison) -> None:
-    """Each layer with the file's tensor of the same integers; where there is none, with the nearest of its shape."""
+def _quantized(model: Exportable, payload: Payload, constants: set[bytes], seen: Comparison) -> list[str]:
+    """Each layer with the file's tensor of the same integers; where there is none, with the nearest of its shape.
+
+    Returns:
+        Names of those that are chained.
+    """
     used: set[int] = set()
+    chained: list[str] = []
     unmatched: list[str] = []
     for name, layer in model.layers.items():
         same = [(i, f) for f in _Form.all_of(layer) for i, s in enumerate(payload.weights) if f.holds(s)]
@@ -100,6 +107,7 @@ def _quantized(model: Exportable, payload: Payload, constants: set[bytes], seen:
             unmatched.append(name)
             continue
         used |= {i for i, _ in same}
+        chained += [name] * any(form.chained for _, form in same)
         for i, form in same:
             _compare(
                 name, layer, payload.weights[i], form.chained, constants, seen if i == same[0][0] else Comparison()
@@ -115,6 +123,7 @@ def _quantized(model: Exportable, payload: Payload, constants: set[bytes], seen:
         _compare(name, layer, payload.weights[nearest], form.chained, constants, seen)
     if len(used) != len(payload.weights):
         raise ExportError(f"the file has {len(payload.weights) - len(used)} quantized weights that the model has not")
+    return chained
 
 
 def _columns(layer: Layer, chained: bool) -> Columns:
