@@ -12,7 +12,7 @@ What each scheme becomes for ONNX Runtime, in the order of exactness first and s
                           arithmetic on the INT4 tensor
 ``w8a16``                 Cast, Mul, MatMul: ONNX Runtime would round the inputs of DequantizeLinear + MatMul to INT8
 ``w8a8``                  per-token integers in standard operators, MatMulInteger
-``w8a8-static``           QuantizeLinear, DequantizeLinear
+``w8a8-static``           QuantizeLinear, DequantizeLinear; convolutions that another layer reads hand it INT8
 ``w4a8``, grouped ``w8a8`` per-token numbers in standard operators, then the product of the weight alone
 ========================= ==========================================================================================
 
@@ -28,7 +28,7 @@ from pathlib import Path
 from qat_plugin.exporting.contents import Exportable
 from qat_plugin.exporting.onnx.options import Options
 from qat_plugin.exporting.onnx.refusals import refusals
-from qat_plugin.exporting.onnx.verify import EXACT, verify
+from qat_plugin.exporting.onnx.verify import EXACT, PRECISE, verify
 from qat_plugin.exporting.onnx.write import FILE, write
 
 __all__ = ["Options", "refusals", "usage", "verify", "write"]
@@ -38,14 +38,19 @@ def usage(model: Exportable, path: Path, options: Options) -> str:
     """How it is loaded."""
     if options.target == "tensorrt":
         return f"trtexec --onnx={path.name}/{FILE} --stronglyTyped"
-    settings, given = "", ""
+    entries = []
     if "dequantize" in (options.spelling_of_int4, options.spelling_of_int8):
-        entry = next(iter(EXACT.items()))
-        settings = (
-            "options = onnxruntime.SessionOptions()  # without this entry inputs are rounded to INT8, which is faster "
-            f"and not what was trained\noptions.add_session_config_entry{entry}\n"
+        entries.append(
+            (
+                "without this entry inputs are rounded to INT8, which is faster and not what was trained",
+                next(iter(EXACT.items())),
+            )
         )
-        given = ", options"
+    if any(layer.scheme.weight_bits == 8 and layer.scheme.quantizes_activations for layer in model.layers.values()):
+        entries.append(("sums that cannot overflow, on x86 processors without VNNI", next(iter(PRECISE.items()))))
+    settings = "options = onnxruntime.SessionOptions()\n" if entries else ""
+    settings += "".join(f"# {why}\noptions.add_session_config_entry{entry}\n" for why, entry in entries)
+    given = ", options" if entries else ""
     return (
         f"import onnxruntime\n{settings}"
         f'session = onnxruntime.InferenceSession("{path.name}/{FILE}"{given})\n'

@@ -12,7 +12,7 @@ Calibrated (static)::
     QuantizeLinear(Clip(x, -127 s)) -> DequantizeLinear
 
 QuantizeLinear rounds as training does, but reaches -128, which the project's grid has not: hence the Clip, left out
-where the input cannot be negative.
+where the input cannot be negative. For ONNX Runtime these integers are bytes with zero point 128 as well.
 """
 
 from __future__ import annotations

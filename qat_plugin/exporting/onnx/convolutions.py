@@ -1,4 +1,4 @@
-"""Convolutions: DequantizeLinear on the kernel, and QuantizeLinear/DequantizeLinear before it."""
+"""Convolutions: DequantizeLinear on the kernel, QuantizeLinear/DequantizeLinear before it, and behind it in a chain."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def convolution(
     Args:
         graph: to put it into.
         x: [batch, channels, *size].
-        bias: [out], float: left as trained.
+        bias: [out], float: left as trained, but INT32 with a ``reader``.
         weight: of the layer.
         attributes: Conv's ``strides``, ``pads``, ``dilations`` and ``group``.
         options: of the file.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qat_plugin.errors import ExportError
 from qat_plugin.exporting.agreement import Agreement
-from qat_plugin.exporting.contents import Exportable
+from qat_plugin.exporting.contents import Exportable, Layer
 from qat_plugin.exporting.float32_runtime import compared_in_float32, widened
 from qat_plugin.exporting.onnx.cache import past_of
 from qat_plugin.exporting.onnx.options import Options
@@ -25,6 +25,8 @@ from qat_plugin.exporting.verification import Comparison, Verification
 
 # ONNX Runtime turns DequantizeLinear before MatMul into MatMulNBits, by default with INT8 inputs (level 4).
 EXACT: Final = {"session.qdq_matmulnbits_accuracy_level": "0"}
+# Without VNNI, x86 processors add two products of bytes in 16 bits, which can overflow: other kernels are chosen then.
+PRECISE: Final = {"session.x64quantprecision": "1"}
 _ROUNDED_BLOCKS: Final = 5e-2
 _ROUNDING: Final = "accuracy_level=4 rounds inputs to INT8 per block, which training did not"
 
@@ -52,6 +54,7 @@ def verify(model: Exportable, path: Path, options: Options) -> Verification:
         if held.scheme.per_tensor:
             scale, zero = scale[:1, :1], None if zero is None else zero[:1, :1]
         seen.quantized(name, held, _tensor(q), _tensor(scale), None if zero is None else _tensor(zero))
+        _check_input(name, layer, file)
     merged = 0
     for name, tensor in model.floats():
         if name in file.initializers and list(file.initializers[name].dims) == list(tensor.shape):
@@ -72,13 +75,26 @@ def verify(model: Exportable, path: Path, options: Options) -> Verification:
     )  # fmt: skip
 
 
+def _check_input(name: str, layer: Layer, file: File) -> None:
+    """Scales of a layer's input are the model's."""
+    for suffix in ("activation_scale", "input_scale"):
+        held: Tensor | None = getattr(layer.weight, suffix)
+        if held is None:
+            continue
+        stored = f"{name}.{suffix}"
+        if stored not in file.initializers:
+            raise ExportError(f"{layer.name}: the file lacks its {suffix}")
+        if not torch.equal(_tensor(file.array(stored)).reshape(-1), held.float().cpu().reshape(-1)):
+            raise ExportError(f"{layer.name}: the file has another {suffix} than the model")
+
+
 def session(path: Path, **settings: str) -> Any:
     """ONNX Runtime on the CPU, one thread, computing what the file says (see :data:`EXACT`)."""
     import onnxruntime
 
     chosen = onnxruntime.SessionOptions()
     chosen.intra_op_num_threads, chosen.log_severity_level = 1, 3
-    for name, value in {**EXACT, **settings}.items():
+    for name, value in {**EXACT, **PRECISE, **settings}.items():
         chosen.add_session_config_entry(name, value)
     return onnxruntime.InferenceSession(str(path), chosen, providers=["CPUExecutionProvider"])
 
