@@ -16,6 +16,9 @@ What each scheme becomes for ONNX Runtime, in the order of exactness first and s
 ``w4a8``, grouped ``w8a8`` per-token numbers in standard operators, then the product of the weight alone
 ========================= ==========================================================================================
 
+Products of bytes (``w8a8``, and ``w8a8-static`` where it runs in integers) are exact on x86 processors with VNNI; ONNX
+Runtime's documentation says that without it they can overflow.
+
 For TensorRT every weight goes through DequantizeLinear (INT4 and INT8 elements, opset 21), activations through
 QuantizeLinear with zero point 0. It is not run here. Its documentation asks for positive scales of QuantizeLinear and
 says nothing of DequantizeLinear's, which carry a sign in this project's symmetric grids below 8 bits.
@@ -28,7 +31,7 @@ from pathlib import Path
 from qat_plugin.exporting.contents import Exportable
 from qat_plugin.exporting.onnx.options import Options
 from qat_plugin.exporting.onnx.refusals import refusals
-from qat_plugin.exporting.onnx.verify import EXACT, PRECISE, verify
+from qat_plugin.exporting.onnx.verify import EXACT, verify
 from qat_plugin.exporting.onnx.write import FILE, write
 
 __all__ = ["Options", "refusals", "usage", "verify", "write"]
@@ -38,19 +41,14 @@ def usage(model: Exportable, path: Path, options: Options) -> str:
     """How it is loaded."""
     if options.target == "tensorrt":
         return f"trtexec --onnx={path.name}/{FILE} --stronglyTyped"
-    entries = []
+    settings, given = "", ""
     if "dequantize" in (options.spelling_of_int4, options.spelling_of_int8):
-        entries.append(
-            (
-                "without this entry inputs are rounded to INT8, which is faster and not what was trained",
-                next(iter(EXACT.items())),
-            )
+        entry = next(iter(EXACT.items()))
+        settings = (
+            "options = onnxruntime.SessionOptions()  # without this entry inputs are rounded to INT8, which is faster "
+            f"and not what was trained\noptions.add_session_config_entry{entry}\n"
         )
-    if any(layer.scheme.weight_bits == 8 and layer.scheme.quantizes_activations for layer in model.layers.values()):
-        entries.append(("sums that cannot overflow, on x86 processors without VNNI", next(iter(PRECISE.items()))))
-    settings = "options = onnxruntime.SessionOptions()\n" if entries else ""
-    settings += "".join(f"# {why}\noptions.add_session_config_entry{entry}\n" for why, entry in entries)
-    given = ", options" if entries else ""
+        given = ", options"
     return (
         f"import onnxruntime\n{settings}"
         f'session = onnxruntime.InferenceSession("{path.name}/{FILE}"{given})\n'

@@ -25,8 +25,6 @@ from qat_plugin.exporting.verification import Comparison, Verification
 
 # ONNX Runtime turns DequantizeLinear before MatMul into MatMulNBits, by default with INT8 inputs (level 4).
 EXACT: Final = {"session.qdq_matmulnbits_accuracy_level": "0"}
-# Without VNNI, x86 processors add two products of bytes in 16 bits, which can overflow: other kernels are chosen then.
-PRECISE: Final = {"session.x64quantprecision": "1"}
 _ROUNDED_BLOCKS: Final = 5e-2
 _ROUNDING: Final = "accuracy_level=4 rounds inputs to INT8 per block, which training did not"
 
@@ -76,16 +74,16 @@ def verify(model: Exportable, path: Path, options: Options) -> Verification:
 
 
 def _check_input(name: str, layer: Layer, file: File) -> None:
-    """Scales of a layer's input are the model's."""
+    """Scales of a layer's input are the model's; layers that read one value on one scale share it."""
     for suffix in ("activation_scale", "input_scale"):
         held: Tensor | None = getattr(layer.weight, suffix)
         if held is None:
             continue
-        stored = f"{name}.{suffix}"
-        if stored not in file.initializers:
-            raise ExportError(f"{layer.name}: the file lacks its {suffix}")
-        if not torch.equal(_tensor(file.array(stored)).reshape(-1), held.float().cpu().reshape(-1)):
-            raise ExportError(f"{layer.name}: the file has another {suffix} than the model")
+        shared = [entry for entry in file.initializers if entry.endswith(f".{suffix}")]
+        stored = [f"{name}.{suffix}"] if f"{name}.{suffix}" in file.initializers else shared
+        wanted = held.float().cpu().reshape(-1)
+        if not any(torch.equal(_tensor(file.array(entry)).reshape(-1), wanted) for entry in stored):
+            raise ExportError(f"{layer.name}: the file lacks its {suffix}, or has another")
 
 
 def session(path: Path, **settings: str) -> Any:
@@ -94,7 +92,7 @@ def session(path: Path, **settings: str) -> Any:
 
     chosen = onnxruntime.SessionOptions()
     chosen.intra_op_num_threads, chosen.log_severity_level = 1, 3
-    for name, value in {**EXACT, **PRECISE, **settings}.items():
+    for name, value in {**EXACT, **settings}.items():
         chosen.add_session_config_entry(name, value)
     return onnxruntime.InferenceSession(str(path), chosen, providers=["CPUExecutionProvider"])
 
