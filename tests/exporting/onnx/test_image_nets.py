@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat_plugin import convert, prepare
+from qat_plugin.errors import ExportError
 from qat_plugin.exporting import export_model
 from qat_plugin.exporting.contents import Exportable
+from qat_plugin.exporting.onnx import Options, verify
 from tests.exporting.onnx.runtime import run
 
 
@@ -150,3 +152,15 @@ def test_a_bias_is_added_as_trained_where_the_output_is_float(tmp_path: Path) ->
     (found,) = run(made.path, images)  # ONNX Runtime would round the bias of a Conv on integers to INT32
     with torch.no_grad():
         torch.testing.assert_close(found, model(images), rtol=1e-6, atol=1e-6)
+
+
+def test_another_activation_scale_in_the_file_is_seen(tmp_path: Path) -> None:
+    model = calibrated(nn.Sequential(nn.Conv2d(3, 8, 3)), (3, 6, 6))
+    images = torch.randn(2, 3, 6, 6)
+    made = export_model(model, "onnx", tmp_path / "out", sample=(images,), verify=False, progress=False)
+    file = onnx.load(made.path / "model.onnx")
+    (scale,) = (entry for entry in file.graph.initializer if entry.name == "0.weight.activation_scale")
+    scale.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(scale) * 1.0001, scale.name))
+    onnx.save(file, made.path / "model.onnx")
+    with pytest.raises(ExportError, match="0: the file lacks its activation_scale, or has another"):
+        verify(Exportable(model, (images,)), made.path, Options())
