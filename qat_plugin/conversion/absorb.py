@@ -31,7 +31,8 @@ class _Shifting:
         """As the layer's own class computes it, with another bias."""
         fold: Fold = self.__dict__[FOLD]
         bias = fold.shift if self.bias is None else self.bias + fold.shift
-        if getattr(self, "padding_mode", "") == "zeros" and not torch.compiler.is_compiling():
+        watched = torch.compiler.is_compiling() or torch._C._len_torch_function_stack()
+        if getattr(self, "padding_mode", "") == "zeros" and not watched:
             # what F.conv2d would come to, without its way there
             return convolve((input, self.weight, bias, *(getattr(self, name) for name in _CALL)), {})
         product = getattr(self, "_conv_forward", F.linear)

@@ -25,12 +25,13 @@ from qat_plugin.exporting.directory import (
     not_plain,
     write_directory,
 )
-from qat_plugin.exporting.elsewhere import compared_elsewhere, reader_with, tolerance_of
+from qat_plugin.exporting.elsewhere import compared_elsewhere, reader_with
 from qat_plugin.exporting.formats import Told
 from qat_plugin.exporting.refusal import Refusal
 from qat_plugin.exporting.sharded import DEFAULT_SHARD_SIZE, Part, bytes_of, write_shards
 from qat_plugin.exporting.verification import Comparison, Verification
 from qat_plugin.exporting.vllm import fused_refusals, notes
+from qat_plugin.kernels.weight import QuantizedWeight
 from qat_plugin.scheme import Scheme
 
 _CHOICES: Final = ("warn", "refuse")
@@ -142,18 +143,35 @@ def verify(model: Exportable, path: Path, options: Options) -> Verification:
     """Let transformers load it, in an interpreter without this package; the format's library unpacks integers."""
     import compressed_tensors
 
-    seen, error = compared_elsewhere(model, path, _compare)
-    tolerance, reason = tolerance_of(model, "compressed-tensors rounds activations to -128..127 by absmax / 127.5")
+    grid = "compressed-tensors rounds activations on another grid (-128 to 127 by absmax / 127.5)"
+    seen, agreed, told = compared_elsewhere(
+        model, path, lambda layer: format_of(layer.scheme), _compare, _rounded_input, grid
+    )
     return seen.verification(
         reader_with("compressed-tensors", compressed_tensors.__version__),
-        error=error, tolerance=tolerance, reason=reason, notes=tuple(_notes(model)),
+        error=agreed.error, tolerance=agreed.tolerance, reason=agreed.reason, notes=(*told, *_notes(model)),
     )  # fmt: skip
 
 
-def _compare(seen: Comparison, name: str, layer: Layer, kind: str, parts: dict[str, torch.Tensor]) -> None:
+def _rounded_input(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
+    """The numbers that compressed-tensors makes of an activation [batch, tokens, features]."""
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+
+    fixed = weight.activation_scale
+    if fixed is None:
+        args = QuantizationArgs(num_bits=8, symmetric=True, strategy="token", dynamic=True)
+        scale, zero_point = compute_dynamic_scales_and_zp(x, args, torch.nn.Identity())
+    else:
+        args = QuantizationArgs(num_bits=8, symmetric=True, strategy="tensor")
+        scale, zero_point = fixed.reshape(1).to(x), torch.zeros(1, dtype=torch.int8, device=x.device)
+    numbers: torch.Tensor = fake_quantize(x, scale, zero_point, args)
+    return numbers
+
+
+def _compare(seen: Comparison, name: str, layer: Layer, parts: dict[str, torch.Tensor]) -> None:
     held = layer.integers
-    if kind != format_of(held.scheme):
-        raise ExportError(f"{name}: compressed-tensors reads it as {kind}, written was {format_of(held.scheme)}")
     lowest = 0 if held.scheme.symmetric else 1 << (held.scheme.weight_bits - 1)
     zero_point = parts.get("weight_zero_point")
     scale = parts["weight_scale"].reshape(held.scale.shape)

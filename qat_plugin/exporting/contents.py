@@ -105,10 +105,15 @@ class Exportable:
 
     def floats(self) -> Iterator[tuple[str, Tensor]]:
         """All other tensors of the state as they are stored (a cast weight in its own type), on the CPU, in order."""
+        for name, tensor in self.floats_in_place():
+            yield name, tensor.cpu()
+
+    def floats_in_place(self) -> Iterator[tuple[str, Tensor]]:
+        """The same on the device that holds them: what can be kept without a copy."""
         for name, tensor in self.network.state_dict(keep_vars=True).items():
             if name in self.ties or name in self.layers:
                 continue
-            yield name, (tensor.data_ if isinstance(tensor, CastWeight) else tensor).detach().cpu()
+            yield name, (tensor.data_ if isinstance(tensor, CastWeight) else tensor).detach()
 
     @torch.no_grad()
     def outputs(self) -> Tensor:

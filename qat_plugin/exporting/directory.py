@@ -85,7 +85,7 @@ def float_parts(model: Exportable) -> dict[str, Part]:
     def part(name: str, tensor: Tensor) -> Part:
         return Part({name: tensor.to("meta")}, lambda: {name: tensor})
 
-    return {name: part(name, tensor) for name, tensor in model.floats()}
+    return {name: part(name, tensor) for name, tensor in model.floats_in_place()}
 
 
 def float_layers(model: Exportable) -> list[str]:

@@ -9,21 +9,20 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Final
+from typing import IO
 
 import torch
 from torch import Tensor
 
 from qat_plugin.errors import ExportError
+from qat_plugin.exporting.agreement import Agreement, agreement
 from qat_plugin.exporting.contents import Exportable, Layer
-from qat_plugin.exporting.directory import float_dtype
-from qat_plugin.exporting.verification import Comparison, relative_difference
+from qat_plugin.exporting.counterpart import Arithmetic, distance_note
+from qat_plugin.exporting.verification import Comparison
+from qat_plugin.kernels.weight import QuantizedWeight
 
 _SCRIPT = Path(__file__).with_name("transformers_child.py")
 _SHOWN = 2000
-# |outputs - ours| / |ours| over a whole model: sums in another order, and roundings of 16-bit activations on the way
-_ROUNDING: Final = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-_ACTIVATIONS: Final = 0.1  # two roundings of each activation to eight bits, on different grids
 
 
 class Elsewhere:
@@ -58,7 +57,7 @@ class Elsewhere:
         return self
 
     def parts(self, name: str) -> tuple[str, dict[str, Tensor]]:
-        """The class or format that holds a parameter there, and its plain tensors (``""``: a plain parameter)."""
+        """What holds a parameter there (see :func:`check_kind`), and its plain tensors (``""``: a plain parameter)."""
         return self._ask(name)
 
     def logits(self, sample: Mapping[str, Tensor]) -> Tensor:
@@ -120,18 +119,26 @@ class Elsewhere:
 
 
 def compared_elsewhere(
-    model: Exportable, path: Path, compare: Callable[[Comparison, str, Layer, str, dict[str, Tensor]], None]
-) -> tuple[Comparison, float]:
+    model: Exportable,
+    path: Path,
+    kind: Callable[[Layer], str],
+    compare: Callable[[Comparison, str, Layer, dict[str, Tensor]], None],
+    rounded: Callable[[Tensor, QuantizedWeight], Tensor],
+    grid: str,
+) -> tuple[Comparison, Agreement, tuple[str, ...]]:
     """Every tensor that plain transformers loads from a directory against the model's, then the outputs.
 
     Args:
         model: what was written.
         path: the directory.
-        compare: one quantized layer: what was seen so far, the parameter's name, the layer, and the class or format and
-            the tensors that it has there.
+        compare: one quantized layer: what was seen so far, the parameter's name, the layer, and the tensors that it has
+            there.
+        kind: what holds a layer there: a class or a format.
+        rounded: input [..., features] of a layer that quantizes activations -> the library's numbers of it.
+        grid: how the library rounds activations, in a few words.
 
     Returns:
-        What was seen, and the relative difference of outputs.
+        What was seen; how far its outputs are from the model's on the library's grid of activations; notes.
 
     Raises:
         ExportError: when it does not load, or holds something else.
@@ -140,22 +147,38 @@ def compared_elsewhere(
     sample = {"input_ids": model.sample[0]} if isinstance(model.sample, tuple) else model.sample
     with Elsewhere(path) as there:
         for name, layer in model.layers.items():
-            compare(seen, name, layer, *there.parts(name))
+            found_kind, parts = there.parts(name)
+            check_kind(name, layer, kind(layer), found_kind)
+            compare(seen, name, layer, parts)
         for name, tensor in model.floats():
             seen.plain(name, tensor, there.parts(name)[1][""])
-        return seen, relative_difference(there.logits(sample), model.outputs())
+        found = there.logits(sample)
+
+    def change(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        numbers = weight.integers().dequantize(x.dtype).to(x.device)
+        return rounded(x, weight), numbers, bias
+
+    with Arithmetic(change):
+        agreed, theirs = agreement(model.network, found, model.outputs), model.outputs()
+    return seen, agreed, distance_note(grid, theirs, model.outputs())
 
 
-def tolerance_of(model: Exportable, activations: str) -> tuple[float, str]:
-    """How far outputs may lie apart, and why.
+def check_kind(name: str, layer: Layer, kind: str, found: str) -> None:
+    """Raise unless a layer is held as it was written, its inputs rounded as its scheme says.
 
     Args:
-        model: what was written.
-        activations: how the library rounds activations, where it does.
+        name: of the parameter.
+        layer: that was written.
+        kind: the class or format it was written as.
+        found: what the other interpreter has.
+
+    Raises:
+        ExportError: naming both.
     """
-    if any(layer.scheme.quantizes_activations for layer in model.layers.values()):
-        return _ACTIVATIONS, activations
-    return _ROUNDING[float_dtype(model)], "sums in another order"
+    inputs = "tensor" if layer.scheme.static else "token"
+    wanted = f"{kind}, inputs per {inputs}" if layer.scheme.quantizes_activations else kind
+    if found != wanted:
+        raise ExportError(f"{name}: transformers has it as {found or 'a plain tensor'}, written was {wanted}")
 
 
 def reader_with(library: str, version: str) -> str:

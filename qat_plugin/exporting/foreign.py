@@ -43,9 +43,10 @@ class Gathered:
 
         Args:
             name: of the parameter.
-            q: integers [out_features, in_features] as :class:`~qat_plugin.numerics.Quantized` has them.
+            q: integers [out_features, in_features] as :class:`~qat_plugin.numerics.Quantized` has them, or in int16
+                where some may be off the grid.
             scale: [out_features, groups], of the file's own type.
-            zero_point: uint8 like it, of asymmetric schemes.
+            zero_point: integers like it, of asymmetric schemes.
             scheme: what it would be here.
             activation_scale: float32 scalar, of static schemes.
 
@@ -60,7 +61,9 @@ class Gathered:
         exact = scale.to(torch.float32)
         reason = _off_grid(q, exact, zero_point, scheme)
         if not reason:
-            self.quantized[name] = Stored(Quantized(q, exact, zero_point, scheme), activation_scale)
+            stored = torch.int8 if scheme.symmetric else torch.uint8
+            zero = None if zero_point is None else zero_point.to(torch.uint8)
+            self.quantized[name] = Stored(Quantized(q.to(stored), exact, zero, scheme), activation_scale)
             return
         self.floats[name] = dequantize(q, exact, zero_point)
         self.off_grid[name] = reason
@@ -79,6 +82,8 @@ def _off_grid(q: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Schem
     low, high = (int(bound) for bound in torch.aminmax(q)) if q.numel() else (0, 0)
     if low < scheme.qmin or high > scheme.qmax:
         return f"they hold integers from {low} to {high}, and the grid here is {scheme.qmin} to {scheme.qmax}"
-    if zero_point is not None and zero_point.numel() and int(zero_point.max()) > scheme.qmax:
-        return f"they hold zero points up to {int(zero_point.max())}, and the grid here ends at {scheme.qmax}"
+    if zero_point is not None and zero_point.numel():
+        low, high = (int(bound) for bound in torch.aminmax(zero_point))
+        if low < scheme.qmin or high > scheme.qmax:
+            return f"they hold zero points from {low} to {high}, and the grid here is {scheme.qmin} to {scheme.qmax}"
     return ""

@@ -23,11 +23,18 @@ from qat_plugin.exporting.directory import (
     not_plain,
     write_directory,
 )
-from qat_plugin.exporting.elsewhere import compared_elsewhere, reader_with, tolerance_of
+from qat_plugin.exporting.elsewhere import compared_elsewhere, reader_with
 from qat_plugin.exporting.formats import Told
 from qat_plugin.exporting.refusal import Refusal
 from qat_plugin.exporting.sharded import DEFAULT_SHARD_SIZE, Part, bytes_of, write_shards
-from qat_plugin.exporting.torchao_tensors import config_of, raised, refusal_of, tensor_of, uses_int8_tensor
+from qat_plugin.exporting.torchao_tensors import (
+    config_of,
+    raised,
+    refusal_of,
+    rounded_input,
+    tensor_of,
+    uses_int8_tensor,
+)
 from qat_plugin.exporting.verification import Comparison, Verification
 from qat_plugin.kernels.torchao_import import known_noise_dropped
 from qat_plugin.numerics import Quantized
@@ -103,20 +110,20 @@ def verify(model: Exportable, path: Path, options: Options) -> Verification:
     """Let transformers load it, in an interpreter that does not import this package."""
     import torchao
 
-    seen, error = compared_elsewhere(model, path, _compare)
-    tolerance, reason = tolerance_of(
-        model, "torchao rounds activations on another grid: absmax / 127.5, or a zero point"
-    )
+    grid = "torchao rounds activations on another grid (absmax / 127.5, or a zero point)"
+    seen, agreed, notes = compared_elsewhere(model, path, _kind, _compare, rounded_input, grid)
     return seen.verification(
-        reader_with("torchao", torchao.__version__), error=error, tolerance=tolerance, reason=reason
+        reader_with("torchao", torchao.__version__),
+        error=agreed.error, tolerance=agreed.tolerance, reason=agreed.reason, notes=notes,
     )  # fmt: skip
 
 
-def _compare(seen: Comparison, name: str, layer: Layer, kind: str, parts: dict[str, Tensor]) -> None:
+def _kind(layer: Layer) -> str:
+    return "Int8Tensor" if uses_int8_tensor(layer.scheme) else "IntxUnpackedToInt8Tensor"
+
+
+def _compare(seen: Comparison, name: str, layer: Layer, parts: dict[str, Tensor]) -> None:
     held = layer.integers
-    expected = "Int8Tensor" if uses_int8_tensor(held.scheme) else "IntxUnpackedToInt8Tensor"
-    if kind != expected:
-        raise ExportError(f"{name}: transformers has a {kind}, written was a {expected}")
     q, zero_point = parts["qdata"], parts.get("zero_point")
     if held.zero_point is not None and zero_point is not None:
         bits = held.scheme.weight_bits

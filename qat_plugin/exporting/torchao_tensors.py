@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from qat_plugin.kernels.torchao_import import known_noise_dropped
+from qat_plugin.kernels.weight import QuantizedWeight
 from qat_plugin.numerics import Quantized
 from qat_plugin.scheme import Scheme
 
@@ -76,8 +77,36 @@ def _lowered(unsigned: Tensor, bits: int) -> Tensor:
 
 
 def raised(signed: Tensor, bits: int) -> Tensor:
-    """Two's complement integers of ``bits`` bits as the unsigned ones that asymmetric schemes here use."""
-    return (signed.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+    """Two's complement integers of ``bits`` bits as the unsigned ones that asymmetric schemes here use, in int16.
+
+    A file can hold integers beyond its bits: these stay beyond, and are negative or too large.
+    """
+    return signed.to(torch.int16) + (1 << (bits - 1))
+
+
+def rounded_input(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """The numbers that torchao makes of an activation, per token, -128 to 127.
+
+    Args:
+        x: [..., features].
+        weight: of the layer: ``Int8Tensor`` has symmetric activations (absmax / 127.5), the other zero points.
+    """
+    from torchao.quantization import MappingType
+    from torchao.quantization.quant_primitives import choose_qparams_affine, dequantize_affine, quantize_affine
+
+    block = [1] * (x.dim() - 1) + [x.shape[-1]]
+    if uses_int8_tensor(weight.scheme):
+        eps = torch.finfo(torch.float32).eps
+        scale, zero_point = choose_qparams_affine(
+            x, MappingType.SYMMETRIC, block, torch.int8, -128, 127, eps, torch.float32, torch.int8, keepdim=True
+        )
+    else:
+        scale, zero_point = choose_qparams_affine(
+            x, MappingType.ASYMMETRIC, block, torch.int8, -128, 127, zero_point_dtype=torch.int8
+        )
+    q = quantize_affine(x, block, scale, zero_point, torch.int8, -128, 127)
+    numbers: Tensor = dequantize_affine(q, block, scale, zero_point, torch.int8, -128, 127, output_dtype=x.dtype)
+    return numbers
 
 
 def _activations(scheme: Scheme) -> Any:

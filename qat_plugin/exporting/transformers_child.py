@@ -10,7 +10,7 @@ import sys
 
 
 def parts_of(model, name, folder):  # type: ignore[no-untyped-def]
-    """Plain tensors of one parameter, and the class or format that holds them there."""
+    """Plain tensors of one parameter, the class or format that holds them there, and how inputs are rounded."""
     stem, _, leaf = name.rpartition(".")
     module = model.get_submodule(stem)
     held = module.get_buffer(leaf) if leaf in module._buffers else module._parameters.get(leaf)
@@ -28,7 +28,9 @@ def parts_of(model, name, folder):  # type: ignore[no-untyped-def]
         raise KeyError(f"the model has no parameter {name}")
     if not hasattr(held, "tensor_data_names"):
         return {"": held.detach()}, type(held).__name__
-    return {part: getattr(held, part).detach() for part in held.__tensor_flatten__()[0]}, type(held).__name__
+    rounds = getattr(held, "activation_quantization", None) or getattr(held, "act_quant_kwargs", None)
+    kind = type(held).__name__ + (", inputs per token" if rounds is not None else "")
+    return {part: getattr(held, part).detach() for part in held.__tensor_flatten__()[0]}, kind
 
 
 def compressed_scheme(folder, stem, module):  # type: ignore[no-untyped-def]
@@ -58,7 +60,7 @@ def stored(folder, stem):  # type: ignore[no-untyped-def]
 
 
 def unpacked(held, scheme):  # type: ignore[no-untyped-def]
-    """Integers of a compressed layer, unpacked by compressed-tensors' own function."""
+    """Integers of a compressed layer, unpacked by compressed-tensors' own function, and what the layer is."""
     import torch
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
@@ -69,7 +71,9 @@ def unpacked(held, scheme):  # type: ignore[no-untyped-def]
         if "weight_zero_point" in held:
             rows = torch.Size((shape[0], held["weight_scale"].shape[-1]))
             held["weight_zero_point"] = unpack_from_int32(held["weight_zero_point"], bits, rows, packed_dim=0)
-    return held, str(getattr(scheme.format, "value", scheme.format))
+    inputs = scheme.input_activations
+    rounded = f", inputs per {getattr(inputs.strategy, 'value', inputs.strategy)}" if inputs is not None else ""
+    return held, str(getattr(scheme.format, "value", scheme.format)) + rounded
 
 
 def main():  # type: ignore[no-untyped-def]

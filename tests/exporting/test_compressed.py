@@ -16,10 +16,11 @@ from qat_plugin.errors import ConfigError, ExportError
 from qat_plugin.exporting import compressed, export_model
 from qat_plugin.exporting.compressed_layout import group_of, tensors_of
 from qat_plugin.exporting.contents import Exportable
+from qat_plugin.exporting.elsewhere import check_kind
 from qat_plugin.exporting.verification import Comparison
 from qat_plugin.numerics import Quantized, round_to_nearest
 from qat_plugin.scheme import Scheme
-from tests.exporting.tiny_llama import converted, dividing_its_input, logits, tokenizer
+from tests.exporting.tiny_llama import SAMPLE, converted, dividing_its_input, logits, tokenizer
 
 KEEP = ("lm_head", "embedding")
 FLOAT_ENDS = {"embedding": "fp16"}
@@ -49,7 +50,8 @@ def test_a_mixed_model_is_proven_by_another_interpreter(tmp_path: Path) -> None:
     found = made.verification
     assert found is not None and "without this package" in found.reader and "compressed-tensors" in found.reader
     assert (found.tensors, found.integers, found.scales, found.floats, found.rounded) == (14, 0, 0, 15, 0)
-    assert found.error is not None and 0 < found.error < 0.1
+    assert found.error is not None and found.error < 1e-4
+    assert 0 < found.tolerance < 1e-2 and any("absmax / 127.5" in note for note in found.notes)
     assert any("vLLM fuses model.layers.0.mlp.gate_proj, model.layers.0.mlp.up_proj" in note for note in found.notes)
     assert len(list(made.path.glob("model-*.safetensors"))) > 2 and (made.path / "tokenizer.json").is_file()
 
@@ -162,12 +164,19 @@ def test_another_integer_scale_or_format_in_the_file_is_seen() -> None:
     held = layer.integers
     parts = {"weight": held.q.clone(), "weight_scale": held.scale.clone()}
     seen = Comparison()
-    compressed._compare(seen, "x", layer, "pack-quantized", parts)
+    compressed._compare(seen, "x", layer, parts)
     assert (seen.verification("").integers, seen.verification("").scales) == (0, 0)
     parts["weight"][3, 5] += 1
     parts["weight_scale"][0, 0] *= 2
-    compressed._compare(seen, "x", layer, "pack-quantized", parts)
+    compressed._compare(seen, "x", layer, parts)
     found = seen.verification("")
     assert found.integers == 1 and found.scales == float(held.scale[0, 0].abs())
-    with pytest.raises(ExportError, match="reads it as int-quantized"):
-        compressed._compare(seen, "x", layer, "int-quantized", parts)
+    with pytest.raises(ExportError, match="transformers has it as int-quantized, inputs per token, written was pack"):
+        check_kind("x", layer, "pack-quantized", "int-quantized, inputs per token")
+
+
+def test_a_file_of_another_rounding_of_inputs_is_caught(tmp_path: Path) -> None:
+    model, other = (converted({"attention": scheme}, (*KEEP, "ffn")).eval() for scheme in ("w8a8", "w8a8-static"))
+    export_model(other, "compressed-tensors", tmp_path / "out", verify=False)
+    with pytest.raises(ExportError, match="q_proj.*inputs per tensor, written was int-quantized, inputs per token"):
+        compressed.verify(Exportable(model, SAMPLE), tmp_path / "out", compressed.Options())

@@ -13,10 +13,11 @@ from qat_plugin import Policy, convert
 from qat_plugin.errors import ConfigError, ExportError
 from qat_plugin.exporting import export_model, torchao_checkpoint
 from qat_plugin.exporting.contents import Exportable
+from qat_plugin.exporting.elsewhere import check_kind
 from qat_plugin.exporting.torchao_tensors import tensor_of
 from qat_plugin.exporting.verification import Comparison
 from qat_plugin.numerics import quantize_activation
-from tests.exporting.tiny_llama import converted, dividing_its_input, logits, tokenizer
+from tests.exporting.tiny_llama import SAMPLE, converted, dividing_its_input, logits, tokenizer
 
 MIXED = {
     "embedding": "w8a16", "head": "w8a16", "*.q_proj": "w8a8", "*.k_proj": "w4a8-g32", "*.v_proj": "w4a16-g64",
@@ -38,7 +39,8 @@ def test_a_mixed_tied_model_is_proven_by_another_interpreter(tmp_path: Path) -> 
     found = made.verification
     assert found is not None and "without this package" in found.reader
     assert (found.tensors, found.integers, found.scales, found.floats, found.rounded) == (15, 0, 0, 13, 0)
-    assert found.error is not None and 0 < found.error < 0.1
+    assert found.error is not None and found.error < 1e-4
+    assert 0 < found.tolerance < 1e-2 and any("absmax / 127.5" in note for note in found.notes)
     assert len(list(made.path.glob("model-*.safetensors"))) > 2
     assert (made.path / "tokenizer.json").is_file() and (made.path / "generation_config.json").is_file()
 
@@ -133,10 +135,22 @@ def test_another_integer_zero_point_or_class_in_the_file_is_seen() -> None:
     tensor = tensor_of(layer.integers, torch.float32)
     parts = {part: getattr(tensor, part).clone() for part in ("qdata", "scale", "zero_point")}
     seen = Comparison()
-    torchao_checkpoint._compare(seen, "x", layer, "IntxUnpackedToInt8Tensor", parts)
+    torchao_checkpoint._compare(seen, "x", layer, parts)
     assert (seen.verification("").integers, seen.verification("").scales) == (0, 0)
     parts["zero_point"][2, 1] += 3 if parts["zero_point"][2, 1] < 0 else -3
-    torchao_checkpoint._compare(seen, "x", layer, "IntxUnpackedToInt8Tensor", parts)
+    torchao_checkpoint._compare(seen, "x", layer, parts)
     assert seen.verification("").integers == 3
-    with pytest.raises(ExportError, match="transformers has a Int8Tensor"):
-        torchao_checkpoint._compare(seen, "x", layer, "Int8Tensor", parts)
+    with pytest.raises(ExportError, match="transformers has it as Int8Tensor, written was IntxUnpackedToInt8Tensor"):
+        check_kind("x", layer, torchao_checkpoint._kind(layer), "Int8Tensor")
+
+
+@pytest.mark.parametrize(("written", "trained"), [("w8a16", "w8a8"), ("w4a8-g32", "w4a16-g32")])
+def test_a_file_that_rounds_inputs_otherwise_than_the_model_is_caught(
+    written: str, trained: str, tmp_path: Path
+) -> None:
+    def model(scheme: str) -> Any:
+        return converted({"attention": scheme, "ffn": scheme}, ("lm_head", "embedding")).eval()
+
+    export_model(model(written), "torchao", tmp_path / "out", verify=False)
+    with pytest.raises(ExportError, match=f"q_proj.*Tensor.*written was {'Int8' if trained == 'w8a8' else 'Intx'}"):
+        torchao_checkpoint.verify(Exportable(model(trained), SAMPLE), tmp_path / "out", torchao_checkpoint.Options())

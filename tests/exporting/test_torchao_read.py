@@ -14,6 +14,8 @@ from qat_plugin.conversion import is_converted
 from qat_plugin.errors import CheckpointError
 from qat_plugin.exporting import export_model
 from qat_plugin.exporting.contents import Exportable
+from qat_plugin.exporting.foreign import Gathered
+from qat_plugin.exporting.torchao_read import _add
 from tests.exporting.tiny_llama import converted, files, llama, logits, tokenizer
 
 MIXED = {
@@ -113,3 +115,13 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     (made.path / "config.json").write_text(json.dumps({**config, "intermediate_size": 192}))
     with pytest.raises(CheckpointError, match=r"another model's.*shape"):
         qat_plugin.load(made.path)
+
+
+def test_integers_beyond_their_bits_become_the_numbers_they_stand_for() -> None:
+    q, zero_point = torch.tensor([[-100, 3, 5, -8]], dtype=torch.int8), torch.tensor([[-3]], dtype=torch.int8)
+    entry = {"_type": "IntxUnpackedToInt8Tensor", "_data": {"target_dtype": {"_data": "int4"}, "block_size": [1, 4]}}
+    found = Gathered()
+    parts = {"qdata": q, "scale": torch.full((1, 1), 0.5), "zero_point": zero_point}
+    _add(found, "x.weight", entry, parts, grouped=False)
+    assert found.quantized == {} and "from -92 to 13" in found.off_grid["x.weight"]
+    assert torch.equal(found.floats["x.weight"], torch.tensor([[-48.5, 3, 4, -2.5]]))

@@ -12,9 +12,12 @@ What each scheme becomes for ONNX Runtime, in the order of exactness first and s
                           arithmetic on the INT4 tensor
 ``w8a16``                 Cast, Mul, MatMul: ONNX Runtime would round the inputs of DequantizeLinear + MatMul to INT8
 ``w8a8``                  per-token integers in standard operators, MatMulInteger
-``w8a8-static``           QuantizeLinear, DequantizeLinear
+``w8a8-static``           QuantizeLinear, DequantizeLinear; convolutions that another layer reads hand it INT8
 ``w4a8``, grouped ``w8a8`` per-token numbers in standard operators, then the product of the weight alone
 ========================= ==========================================================================================
+
+Products of bytes (``w8a8``, and ``w8a8-static`` where it runs in integers) are exact on x86 processors with VNNI; ONNX
+Runtime's documentation says that without it they can overflow.
 
 For TensorRT every weight goes through DequantizeLinear (INT4 and INT8 elements, opset 21), activations through
 QuantizeLinear with zero point 0. It is not run here. Its documentation asks for positive scales of QuantizeLinear and

@@ -12,7 +12,7 @@ Calibrated (static)::
     QuantizeLinear(Clip(x, -127 s)) -> DequantizeLinear
 
 QuantizeLinear rounds as training does, but reaches -128, which the project's grid has not: hence the Clip, left out
-where the input cannot be negative.
+where the input cannot be negative. For ONNX Runtime these integers are bytes with zero point 128 as well.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Final, NamedTuple
 import onnx_ir as ir
 
 from qat_plugin.exporting.onnx.graph import Graph
+from qat_plugin.exporting.onnx.options import Options
 from qat_plugin.exporting.onnx.weights import INT8, UINT8, Weight
 
 _QMAX: Final = 127
@@ -79,19 +80,39 @@ def per_token_numbers(graph: Graph, x: ir.Value, label: str) -> ir.Value:
     return numbers
 
 
-def calibrated(graph: Graph, x: ir.Value, weight: Weight) -> ir.Value:
+def calibrated(graph: Graph, x: ir.Value, weight: Weight, options: Options) -> ir.Value:
     """Through QuantizeLinear and DequantizeLinear on the layer's own scale."""
-    held = weight.layer.weight.activation_scale
-    assert held is not None
-    step = float(held)
-    key = ("calibrated", x, step)
+    key = _key(x, weight)
     if key not in graph.once:
-        scale = weight.vector("activation_scale", held.reshape(()))
-        zero = graph.constant(0, INT8)
-        producer = x.producer()
+        producer, own = x.producer(), x
         if producer is None or producer.op_type not in _NEVER_NEGATIVE:
-            x = graph.emit("Clip", [x, graph.floats(-_QMAX * step)], weight.label)
-        q = graph.emit("QuantizeLinear", [x, scale, zero], weight.label)
-        graph.once[key] = graph.emit("DequantizeLinear", [q, scale, zero], weight.label)
+            own = graph.emit("Clip", [x, graph.floats(-_QMAX * key[2])], weight.label)
+        q, *grid = quantized(graph, own, weight, weight.label, options)
+        graph.once[key] = graph.emit("DequantizeLinear", [q, *grid], weight.label)
     numbers: ir.Value = graph.once[key]
     return numbers
+
+
+def quantized(
+    graph: Graph, x: ir.Value, reader: Weight, label: str, options: Options
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Integers on the calibrated scale of a layer, the scale, and the zero point.
+
+    They are bytes with zero point 128 for ONNX Runtime, whose x86 kernels take those; TensorRT asks for zero point 0.
+    """
+    held = reader.layer.weight.activation_scale
+    assert held is not None
+    zero = graph.constant(0, INT8) if options.target == "tensorrt" else graph.constant(ZERO_POINT, UINT8)
+    scale = reader.vector("activation_scale", held.reshape(()))
+    return graph.emit("QuantizeLinear", [x, scale, zero], label), scale, zero
+
+
+def hand_on(graph: Graph, numbers: ir.Value, reader: Weight) -> None:
+    """Let a layer, and others of its scale, read numbers that lie on it as they are."""
+    graph.once[_key(numbers, reader)] = numbers
+
+
+def _key(x: ir.Value, weight: Weight) -> tuple[str, ir.Value, float]:
+    held = weight.layer.weight.activation_scale
+    assert held is not None
+    return "calibrated", x, float(held)

@@ -55,7 +55,7 @@ def product(graph: Graph, x: ir.Value, weight: Weight, options: Options) -> ir.V
     if operator == "MatMulInteger":
         return _integer_product(graph, x, weight)
     if scheme.static:
-        x = calibrated(graph, x, weight)
+        x = calibrated(graph, x, weight, options)
     elif scheme.quantizes_activations:
         x = per_token_numbers(graph, x, label)
     if operator == "MatMulNBits":

@@ -55,6 +55,13 @@ def uses(file: File, layer: str) -> int:
     return counted
 
 
+def has_integer_bias(file: File, layer: str) -> bool:
+    """Whether a convolution's bias is made from integers."""
+    makers = {output: node for node in file.nodes[layer] for output in node.output}
+    biases = [makers.get(node.input[2]) for node in file.operators(layer, "Conv") if len(node.input) > 2]
+    return any(node is not None and node.op_type == "DequantizeLinear" for node in biases)
+
+
 _MAKERS = ("DequantizeLinear", "Cast", "Sub", "Mul", "Reshape")
 
 

@@ -7,7 +7,8 @@ import onnx_ir as ir
 from qat_plugin.errors import ExportError
 from qat_plugin.exporting.contents import Exportable
 from qat_plugin.exporting.formats import Told
-from qat_plugin.exporting.onnx.convolutions import convolution
+from qat_plugin.exporting.onnx.chaining import handed
+from qat_plugin.exporting.onnx.convolutions import Reader, convolution
 from qat_plugin.exporting.onnx.graph import Graph
 from qat_plugin.exporting.onnx.layout import Array, Unpacked
 from qat_plugin.exporting.onnx.lookups import lookup
@@ -44,9 +45,21 @@ def rewrite(traced: ir.Model, model: Exportable, options: Options, progress: Tol
         if isinstance(held, CastWeight):
             output = _cast(graph, node, name, held)
         else:
-            output = _quantized(graph, node, Weight(graph, name, model.layers[name], unpacked), options)
+            weight = Weight(graph, name, model.layers[name], unpacked)
+            chain = handed(node, model, options) if node.op_type == "Conv" else None
+            reader = None
+            if chain is not None:
+                reader = Reader(Weight(graph, chain.reader, model.layers[chain.reader], unpacked), bool(chain.relu))
+            output = _quantized(graph, node, weight, options, reader)
+            if chain is not None and chain.relu is not None:
+                graph.replace(node, output)
+                graph.replace(chain.relu, output)
+                continue
         graph.replace(node, output)
     traced.opset_imports.pop(PENDING, None)
+    for name, value in list(traced.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del traced.graph.initializers[name]  # biases that are integers now
     missing = [layer.name for name, layer in model.layers.items() if name not in reached]
     if missing:
         raise ExportError(
@@ -55,7 +68,7 @@ def rewrite(traced: ir.Model, model: Exportable, options: Options, progress: Tol
         )
 
 
-def _quantized(graph: Graph, node: ir.Node, weight: Weight, options: Options) -> ir.Value:
+def _quantized(graph: Graph, node: ir.Node, weight: Weight, options: Options, reader: Reader | None) -> ir.Value:
     inputs = [value for value in node.inputs if value is not None]
     if node.op_type == "Embedding":
         return lookup(graph, inputs[0], weight, options)
@@ -64,7 +77,7 @@ def _quantized(graph: Graph, node: ir.Node, weight: Weight, options: Options) ->
     attributes = {name: list(node.attributes[name].as_ints()) for name in ("strides", "pads", "dilations")}
     group = node.attributes["group"].as_int()
     bias = inputs[1] if len(inputs) > 1 else None
-    return convolution(graph, inputs[0], bias, weight, {**attributes, "group": group})
+    return convolution(graph, inputs[0], bias, weight, {**attributes, "group": group}, options, reader)
 
 
 def _cast(graph: Graph, node: ir.Node, name: str, held: CastWeight) -> ir.Value:

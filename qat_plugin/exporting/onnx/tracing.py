@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qat_plugin.errors import ExportError, QatError
 from qat_plugin.exporting.contents import Exportable
+from qat_plugin.exporting.float32_runtime import widened
 from qat_plugin.exporting.onnx.cache import cache_of, name_axes, past_of, present_names, tensors_of
 from qat_plugin.exporting.onnx.options import Options
 from qat_plugin.exporting.onnx.standin import skeleton
@@ -79,11 +80,6 @@ def is_language_model(model: Exportable) -> bool:
     return model.config is not None and isinstance(model.sample, Mapping) and "input_ids" in model.sample
 
 
-def in_float32(value: Tensor) -> Tensor:
-    """An input as the file takes it: on the CPU, its float numbers float32 whatever the model's are."""
-    return value.float().cpu() if value.is_floating_point() else value.cpu()
-
-
 def _takes(network: nn.Module, name: str) -> bool:
     return name in inspect.signature(network.forward).parameters
 
@@ -112,7 +108,7 @@ def trace(model: Exportable, options: Options) -> ir.Model:
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
-                call, tuple(in_float32(value) for value in inputs.values()), dynamo=True,
+                call, tuple(widened(value) for value in inputs.values()), dynamo=True,
                 opset_version=options.opset, verbose=False,
                 input_names=list(inputs), output_names=outputs,
                 dynamic_shapes=None if shapes is None else {"values": shapes},
