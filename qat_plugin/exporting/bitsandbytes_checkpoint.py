@@ -25,8 +25,8 @@ from qat_plugin.policy import clean_name
 from qat_plugin.qlora.nf4 import is_nf4, state_tensors
 from qat_plugin.qlora.source import quiet_transformers
 
-_TOLERANCE = 1e-2
-_REASON = "bitsandbytes multiplies in bf16 on CPUs that have it"
+_TOLERANCE = 1e-4
+_REASON = "sums in another order"
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,9 @@ def verify(model: Exportable, path: Path, options: Options) -> Verification:
         if name not in there:
             raise ExportError(f"transformers finds no {name} in the file")
         seen.plain(name, tensor.detach().cpu(), there[name].detach().cpu())
+    for module in read.modules():
+        if is_nf4(module):
+            module.train()  # in eval mode bitsandbytes repacks it for CPUs with AVX512-BF16, which not every width allows
     with qlora.without_adapters(model.network):
         wanted = model.outputs()
     error = relative_difference(outputs_of(read, model.sample), wanted)
