@@ -86,7 +86,7 @@ def verify(model: Exportable, path: Path, options: Options) -> Verification:
         seen.plain(name, tensor.detach().cpu(), there[name].detach().cpu())
     for module in read.modules():
         if is_nf4(module):
-            module.train()  # in eval mode bitsandbytes repacks it for CPUs with AVX512-BF16, which not every width allows
+            module.train()  # else bitsandbytes repacks it on CPUs with AVX512-BF16, which not every width allows
     with qlora.without_adapters(model.network):
         wanted = model.outputs()
     error = relative_difference(outputs_of(read, model.sample), wanted)
