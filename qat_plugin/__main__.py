@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"qat: {error}", file=sys.stderr)
         return MISTAKE
     except KeyboardInterrupt:  # before a run's folder exists
-        print("qat: stopped before the run began; there is nothing to save or to resume", file=sys.stderr)
+        print("qat: stopped; no run had begun, so there is nothing to resume", file=sys.stderr)
         return INTERRUPTED
 
 

@@ -162,6 +162,10 @@ def _take_run(found: _Reading) -> None:
     chosen = [argument for argument in found.hydra if re.match(r"\+*recipe=", argument)]
     if chosen:
         raise ConfigError(f"{chosen[0]} is not allowed here: {folder} holds the recipe of its run")
+    if Path(folder).expanduser().is_file():
+        raise ConfigError(
+            f"{folder} is a file, and a run is a folder; a quantized file is given as model.path={folder}"
+        )
     place = existing_folder(Path(folder))
     if not (place / f"{RECORD}.yaml").is_file():
         raise ConfigError(f"{folder} holds no run: there is no {RECORD}.yaml in it; give the folder that qat printed")

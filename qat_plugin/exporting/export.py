@@ -21,7 +21,7 @@ from qat_plugin.atomic import replacing, replacing_folder, write_text
 from qat_plugin.errors import ConfigError, ExportError
 from qat_plugin.exporting.card import SIGN, CardFacts, model_card
 from qat_plugin.exporting.contents import Exportable, check_adapted, check_converted, language_model_in
-from qat_plugin.exporting.formats import Format, Told, Writer, format_named
+from qat_plugin.exporting.formats import FORMATS, Format, Told, Writer, format_named
 from qat_plugin.exporting.refusal import check_refusals
 from qat_plugin.exporting.verification import Verification
 from qat_plugin.measure import file_bytes
@@ -61,7 +61,7 @@ def export_model(
     path: str | Path,
     *,
     tokenizer: Any = None,
-    sample: Mapping[str, Tensor] | tuple[Tensor, ...] | None = None,
+    sample: Mapping[str, Tensor] | tuple[Tensor, ...] | Tensor | None = None,
     options: Mapping[str, Any] | None = None,
     verify: bool = True,
     facts: CardFacts | None = None,
@@ -77,8 +77,8 @@ def export_model(
             the new one is proven. Of folders only empty ones and earlier exports are: what else lies in one is never
             deleted. The model card goes into the folder, or beside the file as ``<file>.md``.
         tokenizer: of a language model; goes into the file where the format has a place for it.
-        sample: one call's arguments (a mapping of keyword arguments or a tuple): what is traced, and what outputs are
-            compared on. By default token ids for a transformers language model.
+        sample: one call's arguments (a mapping of keyword arguments, a tuple, or one tensor): what is traced, and what
+            outputs are compared on. By default token ids for a transformers language model.
         options: the format's own, see its module's ``Options``.
         verify: read the file back and compare; a file that does not hold the model is an error and is not kept.
         facts: for the model card.
@@ -94,7 +94,7 @@ def export_model(
     network.eval()
     try:
         with torch.no_grad():
-            model = Exportable(network, _sample(network) if sample is None else sample, tokenizer)
+            model = Exportable(network, _sample(network, sample), tokenizer)
             check_refusals(writer.refusals(model, settings), chosen.title)
             target = _target(chosen, Path(path))
             return _written(chosen, writer, model, target, settings, verify=verify, facts=facts, progress=progress)
@@ -108,7 +108,7 @@ def check_format(
     format: str,
     *,
     tokenizer: Any = None,
-    sample: Mapping[str, Tensor] | tuple[Tensor, ...] | None = None,
+    sample: Mapping[str, Tensor] | tuple[Tensor, ...] | Tensor | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> None:
     """Raise what :func:`export_model` would raise before it writes anything.
@@ -121,7 +121,7 @@ def check_format(
     """
     chosen, writer, settings, network = _asked(network, format, options)
     with torch.no_grad():
-        model = Exportable(network, _sample(network) if sample is None else sample, tokenizer)
+        model = Exportable(network, _sample(network, sample), tokenizer)
         check_refusals(writer.refusals(model, settings), chosen.title)
 
 
@@ -134,6 +134,12 @@ def _asked(network: nn.Module, format: str, options: Mapping[str, Any] | None) -
     else:
         network = language_model_in(network)
         check_converted(network)
+    if chosen.language and not hasattr(getattr(network, "config", None), "vocab_size"):
+        others = ", ".join(name for name, entry in FORMATS.items() if not entry.language and not entry.of_adapters)
+        raise ExportError(
+            f"format={chosen.name} is of transformers language models, and {type(network).__name__} is none; formats "
+            f"of any module: {others}"
+        )
     return chosen, writer, settings, network
 
 
@@ -200,13 +206,18 @@ def _is_export(folder: Path) -> bool:
         return False
 
 
-def _sample(network: nn.Module) -> dict[str, Tensor]:
-    """Token ids that are the same each time, two rows of them."""
+def _sample(network: nn.Module, given: Any) -> Mapping[str, Tensor] | tuple[Tensor, ...]:
+    """What was given; else token ids that are the same each time, two rows of them."""
+    if isinstance(given, Tensor):
+        return (given,)
+    if given is not None:
+        sample: Mapping[str, Tensor] | tuple[Tensor, ...] = given
+        return sample
     vocabulary = getattr(getattr(network, "config", None), "vocab_size", None)
     if vocabulary is None:
         raise ConfigError(
             f"{type(network).__name__} is no transformers language model: give sample=, the arguments of one call "
-            "(a mapping of keyword arguments, or a tuple)"
+            "(a mapping of keyword arguments, a tuple, or one tensor)"
         )
     generator = torch.Generator().manual_seed(0)
     return {"input_ids": torch.randint(int(vocabulary), (2, _SAMPLE_TOKENS), generator=generator)}

@@ -59,6 +59,7 @@ class Format:
         extra: the extra of this package that installs them; empty where they come with it.
         suffix: of the file; empty for a folder.
         of_adapters: it holds what QLoRA leaves, not a converted model.
+        language: of transformers language models alone.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Format:
     extra: str = ""
     suffix: str = ""
     of_adapters: bool = False
+    language: bool = False
 
     @property
     def missing(self) -> list[str]:
@@ -127,11 +129,11 @@ FORMATS = {
     entry.name: entry
     for entry in (
         Format("converted", "this project's own files, with the model's configuration", "native"),
-        Format("gguf", "GGUF, for llama.cpp and its kin", "gguf", needs=("gguf",), suffix=".gguf"),
-        Format("torchao", "a transformers directory with torchao's tensors", "torchao_checkpoint"),
+        Format("gguf", "GGUF, for llama.cpp and its kin", "gguf", needs=("gguf",), suffix=".gguf", language=True),
+        Format("torchao", "a transformers directory with torchao's tensors", "torchao_checkpoint", language=True),
         Format(
             "compressed-tensors", "a transformers directory in compressed-tensors' format", "compressed",
-            needs=("compressed_tensors",), extra="compressed-tensors",
+            needs=("compressed_tensors",), extra="compressed-tensors", language=True,
         ),
         Format("onnx", "ONNX", "onnx", ("onnx", "onnx_ir", "onnxscript", "onnxruntime"), "onnx"),
         Format("executorch", "ExecuTorch", "executorch", ("executorch",), "executorch", ".pte"),

@@ -23,6 +23,7 @@ _READERS: Final = {
     "torchao": "torchao_read",
     "compressed-tensors": "compressed_read",
 }
+_KNOWN: Final = ", ".join(name for name in _READERS if name not in ("converted", _GGUF))
 
 
 def load(
@@ -107,15 +108,29 @@ def kind_of(path: Path) -> str:
     if path.is_file():
         if is_gguf(path):
             return _GGUF
-        raise CheckpointError(f"{path} is no GGUF file (it does not begin with GGUF), and other formats are folders")
+        raise CheckpointError(
+            f"{path} is no GGUF file (it does not begin with GGUF); what else can be read are folders: {_KNOWN}"
+        )
     if not path.is_dir():
         raise DataError(f"there is nothing at {path} (looked for {path.absolute()}); give a .gguf file or a folder")
     if (path / PLAN).is_file() and (path / WEIGHTS).is_file():
+        if not (path / "config.json").is_file():
+            raise CheckpointError(
+                f"{path} holds converted weights without the model's configuration: build the float model and call "
+                f"qat_plugin.load_converted(model, {str(path)!r}), or export it with format='converted'"
+            )
         return "converted"
+    if not (path / "config.json").is_file():
+        if (path / "recipe.yaml").is_file() and (path / "run.json").is_file():
+            raise CheckpointError(
+                f"{path} is a run's folder: load what was exported of it ({path / 'exported'}), or write it: qat "
+                f"task=export run={path} format=converted"
+            )
+        if any(path.glob("*.onnx")):
+            raise CheckpointError(f"{path} holds ONNX, which is not read back; what can be read: GGUF, {_KNOWN}")
     method = (read_config(path).get("quantization_config") or {}).get("quant_method")
     if method is None:
         return _FLOAT
     if method not in _READERS:
-        known = ", ".join(name for name in _READERS if name not in ("converted", _GGUF))
-        raise CheckpointError(f"{path} is quantized by {method!r}; what can be read here: GGUF, {known}")
+        raise CheckpointError(f"{path} is quantized by {method!r}; what can be read here: GGUF, {_KNOWN}")
     return str(method)

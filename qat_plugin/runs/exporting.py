@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from qat_plugin.config.arguments import RECORD
 from qat_plugin.conversion import load_converted
 from qat_plugin.errors import ConfigError, QatError
-from qat_plugin.exporting import CardFacts, Exported, Format, check_format, export_model, format_named
+from qat_plugin.exporting import FORMATS, CardFacts, Exported, Format, check_format, export_model, format_named
 from qat_plugin.exporting.reading import is_quantized
 from qat_plugin.report.files import REPORT_JSON
 from qat_plugin.report.json import read_report
 from qat_plugin.report.model import Report
-from qat_plugin.runs.folder import ADAPTER, CONVERTED
+from qat_plugin.runs.folder import ADAPTER, CONVERTED, RECIPE
 from qat_plugin.runs.journal import say
 
 if TYPE_CHECKING:
+    from qat_plugin.config.export_section import ExportConfig
     from qat_plugin.config.launch import Job
     from qat_plugin.config.schema import Config
     from qat_plugin.policy import Plan
@@ -36,7 +37,7 @@ def export(
     path: str | Path | None = None,
     *,
     tokenizer: Any = None,
-    sample: Mapping[str, Tensor] | tuple[Tensor, ...] | None = None,
+    sample: Mapping[str, Tensor] | tuple[Tensor, ...] | Tensor | None = None,
     options: Mapping[str, Any] | None = None,
     verify: bool = True,
     progress: bool = True,
@@ -136,34 +137,69 @@ def export_of(config: Config, job: Job, *, progress: bool = True) -> Exported:
         return made
     assert config.run.dir is not None
     folder = Path(config.run.dir).expanduser().absolute()
+    config = replace(config, export=_own(config.export, folder))
+    check_options(config)
     report = read_report(folder / REPORT_JSON) if (folder / REPORT_JSON).is_file() else None
     return export_from(folder, config, subject_of(job), report, progress=progress)
+
+
+def _own(wanted: ExportConfig, folder: Path) -> ExportConfig:
+    """Without what the run's own recipe says of another format: its path, and options that were not given anew."""
+    from omegaconf import OmegaConf
+
+    recorded: Any = OmegaConf.to_container(OmegaConf.load(folder / RECIPE)) if (folder / RECIPE).is_file() else {}
+    theirs = recorded.get("export") or {}
+    if theirs.get("format") in (None, wanted.format):
+        return wanted
+    old = theirs.get("options") or {}
+    options = {name: value for name, value in wanted.options.items() if name not in old or old[name] != value}
+    return replace(wanted, options=options, path=None if wanted.path == theirs.get("path") else wanted.path)
+
+
+def check_options(config: Config) -> None:
+    """Before anything is loaded: is the format for such a run, installed, and does it have these options?
+
+    Raises:
+        ConfigError: otherwise.
+    """
+    from qat_plugin.runs.base_policy import trains_adapters
+
+    if config.export.format is None:
+        return
+    chosen = format_named(config.export.format)
+    if chosen.of_adapters and not trains_adapters(config):
+        raise ConfigError(
+            f"format={chosen.name} is of adapters, and this recipe trains none; formats of converted models: "
+            + ", ".join(name for name, entry in FORMATS.items() if not entry.of_adapters)
+        )
+    chosen.options(config.export.options)
 
 
 def check_before(config: Config, subject: Subject, plan: Plan) -> None:
     """Before training: would the format hold what is to be trained? Asked of the untrained model, converted.
 
-    Not for static schemes, whose activation scales are yet to be calibrated, and not for adapters.
+    Not for adapters. Static activation scales are calibrated on one batch for it.
 
     Raises:
-        ConfigError: for an option that the format has not, or a package that is not installed.
         ExportError: when the format cannot hold the plan.
     """
-    wanted = config.export
-    if wanted.format is None:
-        return
-    chosen = format_named(wanted.format)
-    chosen.writer()
-    chosen.options(wanted.options)
-    if chosen.of_adapters or any(layer.scheme is not None and layer.scheme.static for layer in plan):
-        return
     from qat_plugin.conversion import convert
-    from qat_plugin.runs.subject import network_of
+    from qat_plugin.ptq import calibrate
+    from qat_plugin.runs.subject import casting_inputs, network_of
 
+    wanted = config.export
+    if wanted.format is None or format_named(wanted.format).of_adapters:
+        return
     module = subject.build()
-    network = convert(network_of(module).eval(), plan, reversible=False)
+    network = network_of(module).eval()
+    if any(layer.scheme is not None and layer.scheme.static for layer in plan):
+        with casting_inputs(network):
+            calibrate(network, plan, subject.training_batches(1), method="rtn", progress=False)
+        convert(network, reversible=False)
+    else:
+        convert(network, plan, reversible=False)
     tokenizer = getattr(module, "tokenizer", None) if subject.language else None
-    check_format(network, chosen.name, tokenizer=tokenizer, sample=_sample(subject), options=wanted.options)
+    check_format(network, wanted.format, tokenizer=tokenizer, sample=_sample(subject), options=wanted.options)
 
 
 def export_from(

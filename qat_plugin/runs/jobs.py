@@ -30,7 +30,7 @@ from qat_plugin.runs.choosing import POLICY, bounds, choices_in, chosen_policy, 
 from qat_plugin.runs.custom import custom_subject
 from qat_plugin.runs.doctor import examination
 from qat_plugin.runs.exporting import FOLDER as EXPORTED
-from qat_plugin.runs.exporting import check_before, export_run
+from qat_plugin.runs.exporting import check_before, check_options, export_run
 from qat_plugin.runs.folder import ADAPTER, CONVERTED, MERGED, RunFolder, open_folder
 from qat_plugin.runs.forecasting import WILL_NOT_FIT, choose_card, forecast_run
 from qat_plugin.runs.image_net import image_subject
@@ -170,6 +170,7 @@ def climb(job: Job, command: str) -> int:
     if job.recipe is None:
         names = ", ".join(entry.name for entry in recipes())
         raise ConfigError(f"task={config.task.name} needs a recipe: recipe=NAME, with NAME one of {names}")
+    check_options(config)
     plan = planned(job)  # what is wrong with the recipe shows before anything is written
     folder = open_folder(config, command, default=job.folder, allow=job.allow)
     interruptions = Interruptions(f"qat: stopped at once. Go on with: {folder.resume_command}")

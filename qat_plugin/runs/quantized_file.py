@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,6 +57,8 @@ def evaluate_file(config: Config, place: Path) -> None:
         raise CheckpointError(f"{place} has no tokenizer that can be built here: text cannot be made its tokens")
     network = network.to(accelerator_of(config.trainer)).eval()
     data = language_data(config, tokenizer)
+    text = getattr(config.data, "valid", None) or "the embedded text (Python's standard library)"
+    print(f"measured on {text}; other text: data=text data.train=FILE data.valid=FILE", file=sys.stderr)
     metrics = evaluate_lm(network, first_loader(data.val_dataloader()))
     title = f"{config.name or 'a model'}: evaluate {place}, on its own integers"
     row = Row(place.name, metrics, model_bytes(network), file_bytes(place))

@@ -9,7 +9,7 @@ import pytest
 
 import qat_plugin
 from qat_plugin.config.export_section import EXPORT_FORMATS
-from qat_plugin.errors import ConfigError
+from qat_plugin.errors import CheckpointError, ConfigError
 from qat_plugin.exporting import FORMATS
 from qat_plugin.report import read_report
 
@@ -93,3 +93,38 @@ def test_a_plan_that_the_format_cannot_hold_is_refused_before_training(qat: Qat,
     assert not Path("here", "checkpoints").exists()
     done = qat(*mine, "run.dir=there", "export=converted", "export.options.bits=4")
     assert done.code == 2 and "has no option 'bits'" in done.err
+
+
+def test_another_format_does_not_inherit_the_runs_options(qat: Qat, mine: tuple[str, ...]) -> None:
+    given = ("export=onnx", "export.options.opset=22", "export.path=first")
+    assert qat(*mine, *QUICK, *given).code == 0
+    done = qat("task=export", "run=here", "format=converted", "allow=[mine_of_tests]")
+    assert done.code == 0, done.err
+    assert Path("here", "exported", "converted", "model.safetensors").is_file() and Path("first/model.onnx").is_file()
+    done = qat("task=export", "run=here", "format=onnx", "allow=[mine_of_tests]", "export.options.opset=1")
+    assert done.code == 2 and "opset" in done.err
+
+
+def test_a_static_plan_is_asked_about_before_training_too(qat: Qat, mine: tuple[str, ...]) -> None:
+    rules = ("policy.default=w4a16-g32", "policy.rules={layers.0: w8a8-static}")
+    done = qat(*mine, "run.dir=here", "export=executorch", *rules)
+    assert done.code == 2 and "layers.3 (w4a16-g32)" in done.err and "layers.0" not in done.err, done.err
+
+
+def test_formats_of_adapters_need_adapters(qat: Qat, mine: tuple[str, ...]) -> None:
+    done = qat(*mine, "run.dir=here", "export=peft")
+    assert done.code == 2 and "this recipe trains none" in done.err and not Path("here").exists()
+
+
+def test_a_file_is_no_run(qat: Qat, mine: tuple[str, ...]) -> None:
+    Path("model.gguf").write_bytes(b"GGUF")
+    done = qat("task=export", "run=model.gguf", "format=onnx")
+    assert done.code == 2 and "model.path=model.gguf" in done.err
+
+
+def test_folders_that_are_not_read_say_what_to_do(qat: Qat, mine: tuple[str, ...]) -> None:
+    assert qat(*mine, *QUICK, "export=onnx").code == 0
+    places = {"here": "is a run's folder", "here/converted": "load_converted", "here/exported/onnx": "ONNX"}
+    for path, said in places.items():
+        with pytest.raises(CheckpointError, match=said):
+            qat_plugin.load(path)

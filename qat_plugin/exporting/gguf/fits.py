@@ -14,6 +14,8 @@ from qat_plugin.kernels.weight import QuantizedWeight
 from qat_plugin.numerics import Quantized
 from qat_plugin.scheme import Scheme
 
+_WAY_OUT = " (the option indivisible=float writes floats of exactly the same numbers)"
+
 
 @dataclass(eq=False)
 class Misfit(Exception):
@@ -55,10 +57,10 @@ def block_type(layer: Layer) -> str:
     if scheme.weight_bits == 8 and not scheme.symmetric:
         raise Misfit("8-bit blocks have no zero point", str(_tiled(replace(scheme, symmetric=True), columns)))
     if columns % WEIGHTS:
-        raise Misfit(f"rows of {columns} weights are not whole blocks of {WEIGHTS}", "fp16", tiling=True)
+        raise Misfit(f"rows of {columns} weights are not whole blocks of {WEIGHTS}{_WAY_OUT}", "fp16", tiling=True)
     if scheme.group_size is not None and scheme.group_size % WEIGHTS:
-        raise Misfit(f"groups of {scheme.group_size} are not whole blocks of {WEIGHTS}", str(_tiled(scheme, columns)),
-                     tiling=True)  # fmt: skip
+        reason = f"groups of {scheme.group_size} are not whole blocks of {WEIGHTS}{_WAY_OUT}"
+        raise Misfit(reason, str(_tiled(scheme, columns)), tiling=True)
     if scheme.weight_bits == 8:
         return "Q8_0"
     return "Q4_0" if scheme.symmetric else "Q4_1"
