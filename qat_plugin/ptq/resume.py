@@ -88,14 +88,11 @@ class _Folder(Store):
         self._folder, self._belongs = folder, belongs
 
     def has(self, part: str) -> bool:
-        return self._path(part).exists()
+        return all(from_every(self._path(part).exists()))  # another rank may have been killed before it kept the part
 
     def load(self, part: str, layers: Mapping[str, nn.Module], changed: nn.Module | None) -> list[LayerResult] | None:
-        path = self._path(part)
-        if not all(from_every(path.exists())):  # another rank was killed before it kept this part
-            return None
         with failing_together():
-            return self._loaded(path, layers, changed)
+            return self._loaded(self._path(part), layers, changed)
 
     def _loaded(self, path: Path, layers: Mapping[str, nn.Module], changed: nn.Module | None) -> list[LayerResult]:
         from safetensors import SafetensorError, safe_open

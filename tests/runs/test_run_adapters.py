@@ -309,7 +309,7 @@ def test_a_mistake_in_the_data_leaves_no_folder(qat: Qat, base: Path) -> None:
     Path("bad.jsonl").write_text(json.dumps({"messages": []}))
     keys = ("recipe=qlora_7b", *QUICK, "model.cache=false", "data.train=bad.jsonl")
     refused(qat(*keys, f"model.path={base}"), "the messages are an empty list")
-    refused(qat(*keys, "model.path=bad.jsonl"), "bad.jsonl is a file: give the directory")
+    refused(qat(*keys, "model.path=bad.jsonl"), "bad.jsonl is a file, and not a GGUF one: give the directory")
     assert not Path("runs").exists()
 
 
