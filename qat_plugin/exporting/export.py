@@ -136,9 +136,9 @@ def _asked(network: nn.Module, format: str, options: Mapping[str, Any] | None) -
         check_converted(network)
     if chosen.language and not hasattr(getattr(network, "config", None), "vocab_size"):
         others = ", ".join(name for name, entry in FORMATS.items() if not entry.language and not entry.of_adapters)
-        raise ExportError(
-            f"format={chosen.name} is of transformers language models, and {type(network).__name__} is none; formats "
-            f"of any module: {others}"
+        raise ConfigError(
+            f"format={chosen.name} is of language models, and {type(network).__name__} is no transformers language "
+            f"model; formats of any module: {others}"
         )
     return chosen, writer, settings, network
 
