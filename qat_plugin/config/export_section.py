@@ -7,11 +7,10 @@ from typing import Any, Final
 
 from qat_plugin.config.fields import absolute, check_choice, help_text, option
 
-ADAPTER_FORMATS: Final = ("peft", "bitsandbytes")
-"""Of what QLoRA leaves; the others are of converted models."""
 EXPORT_FORMATS: Final = (
-    "converted", "gguf", "torchao", "compressed-tensors", "onnx", "executorch", *ADAPTER_FORMATS,
+    "converted", "gguf", "torchao", "compressed-tensors", "onnx", "executorch", "peft", "bitsandbytes",
 )  # fmt: skip
+"""The last two are of what QLoRA leaves, the others of converted models."""
 
 
 @dataclass

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qat_plugin import qlora
 from qat_plugin.errors import ExportError
 from qat_plugin.exporting.contents import Exportable, outputs_of
+from qat_plugin.exporting.directory import write_companions
 from qat_plugin.exporting.formats import Told
 from qat_plugin.exporting.refusal import Refusal
 from qat_plugin.exporting.verification import Comparison, Verification, relative_difference
@@ -62,12 +63,7 @@ def write(model: Exportable, path: Path, options: Options, progress: Told) -> No
     config = model.config.__class__.from_dict(model.config.to_dict())
     config.quantization_config = _quantization(model)
     config.dtype = _compute_dtype(model)
-    config.save_pretrained(path)
-    generation = getattr(model.network, "generation_config", None)
-    if generation is not None:
-        generation.save_pretrained(path)
-    if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(path)
+    write_companions(model, path, config)
 
 
 def verify(model: Exportable, path: Path, options: Options) -> Verification:

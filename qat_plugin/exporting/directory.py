@@ -71,12 +71,21 @@ def write_directory(model: Exportable, path: Path, quantization_config: Mapping[
     head = network.get_output_embeddings()
     if head is not None and head.weight is not network.get_input_embeddings().weight:
         config.tie_word_embeddings = False  # conversion unties what takes two schemes
-    config.save_pretrained(path)
+    write_companions(model, path, config)
+
+
+def write_companions(model: Exportable, path: Path, config: Any) -> None:
+    """A configuration, where there is one, and the model's generation settings and tokenizer.
+
+    Args:
+        model: what is exported.
+        path: an existing folder.
+        config: for ``config.json``, or ``None``.
+    """
     generation = getattr(model.network, "generation_config", None)
-    if generation is not None:
-        generation.save_pretrained(path)
-    if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(path)
+    for part in (config, None if config is None else generation, model.tokenizer):
+        if part is not None:
+            part.save_pretrained(path)
 
 
 def float_parts(model: Exportable) -> dict[str, Part]:

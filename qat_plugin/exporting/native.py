@@ -14,13 +14,14 @@ from torch import Tensor
 
 from qat_plugin.conversion import load_converted, save_converted
 from qat_plugin.conversion.files import WEIGHTS
+from qat_plugin.errors import ExportError
 from qat_plugin.exporting.contents import Exportable
+from qat_plugin.exporting.directory import tokenizer_of, write_companions
 from qat_plugin.exporting.formats import Told
 from qat_plugin.exporting.refusal import Refusal
 from qat_plugin.exporting.verification import Comparison, Verification
 from qat_plugin.kernels.packing import unpack
 from qat_plugin.qlora.architecture import empty_model
-from qat_plugin.qlora.source import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,7 @@ def refusals(model: Exportable, options: Options) -> list[Refusal]:
 def write(model: Exportable, path: Path, options: Options, progress: Told) -> None:
     """Fill the folder."""
     save_converted(model.network, path)
-    if model.config is not None:
-        model.config.save_pretrained(path)
-        generation = getattr(model.network, "generation_config", None)
-        if generation is not None:
-            generation.save_pretrained(path)
-    if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(path)
+    write_companions(model, path, model.config)
 
 
 def verify(model: Exportable, path: Path, options: Options) -> Verification:
@@ -62,6 +57,12 @@ def verify(model: Exportable, path: Path, options: Options) -> Verification:
                 signed=held.q.dtype is torch.int8,
             )
             seen.quantized(name, held, q, file.get_tensor(f"{name}.scale"), zero)
+            for part in ("activation_scale", "input_scale"):
+                kept = getattr(layer.weight, part)
+                if (kept is not None) != (f"{name}.{part}" in names):
+                    raise ExportError(f"{name}: the file {'lacks' if kept is not None else 'has'} an {part}")
+                if kept is not None:
+                    seen.plain(f"{name}.{part}", kept.detach().cpu(), file.get_tensor(f"{name}.{part}"))
         for name, tensor in model.floats():
             seen.plain(name, tensor, file.get_tensor(name))
     return seen.verification(f"safetensors {safetensors.__version__}", reason="no other runtime reads these files")
@@ -74,8 +75,7 @@ def read(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         CheckpointError: when the folder has no configuration, or its weights are another model's.
     """
     network = load_converted(empty_model(path, dtype), path, dtype=dtype)
-    has_tokenizer = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-    return network.eval(), load_tokenizer(path) if has_tokenizer else None
+    return network.eval(), tokenizer_of(path)
 
 
 def usage(model: Exportable, path: Path, options: Options) -> str:

@@ -55,11 +55,16 @@ class Verification:
             if self.error is not None:
                 parts.append(f"outputs by {self.error:.1e}")
             return "; ".join([*parts, *self.notes])
-        same = f"{self.tensors} quantized tensors read by {self.reader}: integers differ by at most {self.integers:g}"
-        parts = [f"{same}, scales by {self.scales:g}"]
+        if self.tensors:
+            same = (
+                f"{self.tensors} quantized tensors read by {self.reader}: integers differ by at most {self.integers:g}"
+            )
+            parts, kind = [f"{same}, scales by {self.scales:g}"], "float tensors"
+        else:  # of adapters and NF4 bases, whose codes are compared as they are
+            parts, kind = [f"read by {self.reader}"], "tensors"
         if self.floats:
-            parts.append(f"{self.floats} float tensors by {self.rounded:.1e} relative" if self.rounded else
-                         f"{self.floats} float tensors equal")  # fmt: skip
+            parts.append(f"{self.floats} {kind} by {self.rounded:.1e} relative" if self.rounded else
+                         f"{self.floats} {kind} equal")  # fmt: skip
         if self.error is None:
             parts.append(f"outputs not compared: {self.reason}")
         else:

@@ -220,7 +220,7 @@ def _climbed(job: Job, plan: Plan, folder: RunFolder, interruptions: Interruptio
         policy = chosen_policy(config, subject, folder) if auto else policy_of(config.policy)
         plan = policy.plan(network_of(subject.build()))
     agreed = plan
-    if not adapters and config.ptq.method != LADDER:  # whose last rung finds a plan of its own
+    if not adapters and not folder.continued and config.ptq.method != LADDER:  # which finds a plan of its own
         check_before(config, subject, agreed)
     say(f"{agreed.summary()}\n")
     earlier = folder.path / REPORT_JSON

@@ -24,6 +24,17 @@ def small() -> nn.Module:
     return convert(model, Policy({"0": "w4a16-g32-asym", "2": "w8a8"}))
 
 
+def tiny_llama() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=128, tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
 def test_a_written_model_is_read_back_and_described(tmp_path: Path) -> None:
     made = export_model(small(), "converted", tmp_path / "out", sample=SAMPLE)
     assert made.verification is not None
@@ -76,6 +87,31 @@ def test_a_file_that_holds_other_integers_is_an_error_and_the_old_one_stays(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
+@pytest.mark.parametrize("how", ["other", "missing"])
+def test_a_file_with_other_activation_scales_is_an_error(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qat_plugin import calibrate
+
+    model = convert(calibrate(nn.Sequential(nn.Linear(64, 32)), "w8a8-static", [torch.randn(8, 64)], progress=False))
+    write = native.write
+
+    def altered(model: Exportable, path: Path, *rest: Any) -> None:
+        write(model, path, *rest)
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(path / "model.safetensors")
+        tensors["0.weight.activation_scale"] *= 1.5
+        if how == "missing":
+            del tensors["0.weight.activation_scale"]
+        save_file(tensors, path / "model.safetensors")
+
+    monkeypatch.setattr(native, "write", altered)
+    with pytest.raises(ExportError, match="activation_scale"):
+        export_model(model, "converted", tmp_path / "out", sample=SAMPLE)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_refused_layers_are_named_together() -> None:
     found = [Refusal(f"layers.{i}.down", "w3a16-g32", "3 bits have no place here", "w4a16-g32") for i in range(12)]
     with pytest.raises(ExportError, match=r"layers.0.down.* and 4 more \(w3a16-g32\).*nearest that fits: w4a16-g32"):
@@ -84,17 +120,10 @@ def test_refused_layers_are_named_together() -> None:
 
 
 def test_an_exported_language_model_loads_without_the_float_one(tmp_path: Path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     import qat_plugin
     from qat_plugin.exporting.contents import outputs_of
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=128, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = convert(LlamaForCausalLM(config), Policy({"embedding": "fp16", "attention": "w8a8", "ffn": "w4a16-g32"}))
+    model = convert(tiny_llama(), Policy({"embedding": "fp16", "attention": "w8a8", "ffn": "w4a16-g32"}))
     made = export_model(model, "converted", tmp_path / "out")
     read, tokenizer = qat_plugin.load(made.path)
     sample = {"input_ids": torch.arange(32).reshape(2, 16)}
@@ -105,22 +134,16 @@ def test_an_exported_language_model_loads_without_the_float_one(tmp_path: Path) 
 
 
 def test_assembling_gives_the_model_that_the_integers_were_of(tmp_path: Path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     from qat_plugin.exporting.assemble import Stored, assemble
     from qat_plugin.exporting.contents import outputs_of
     from qat_plugin.qlora.architecture import empty_from_config
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=128, tie_word_embeddings=True,
-    )  # fmt: skip
+    network = tiny_llama()
     policy = Policy({"embedding": "fp16", "head": "fp16", "attention": "w8a16", "ffn": "w4a16-g32"})
-    model = Exportable(convert(LlamaForCausalLM(config), policy), ())
+    model = Exportable(convert(network, policy), ())
     stored = {name: Stored(layer.integers) for name, layer in model.layers.items()}
     again = assemble(
-        empty_from_config(config, torch.float32), stored, dict(model.floats()), torch.float32, tmp_path / "file"
+        empty_from_config(network.config, torch.float32), stored, dict(model.floats()), torch.float32, tmp_path / "file"
     )
     sample = {"input_ids": torch.arange(32).reshape(2, 16)}
     assert torch.equal(outputs_of(again, sample), outputs_of(model.network, sample))
